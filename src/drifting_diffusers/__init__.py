@@ -1,0 +1,48 @@
+"""Drifting Models for diffusers: generators that make an image in one network call.
+
+Importing this package imports nothing else; every public name loads its module when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Drift": "fields",
+    "DriftingConfig": "config",
+    "DriftingField": "fields",
+    "DriftingGenerator": "generator",
+    "DriftingObjective": "objective",
+    "DriftingPipeline": "pipeline",
+    "DriftingTrainer": "trainer",
+    "MultiScaleStatistics": "features",
+    "SampleBank": "bank",
+    "drift_loss": "losses",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+if TYPE_CHECKING:
+    from .bank import SampleBank as SampleBank
+    from .config import DriftingConfig as DriftingConfig
+    from .features import MultiScaleStatistics as MultiScaleStatistics
+    from .fields import Drift as Drift
+    from .fields import DriftingField as DriftingField
+    from .generator import DriftingGenerator as DriftingGenerator
+    from .losses import drift_loss as drift_loss
+    from .objective import DriftingObjective as DriftingObjective
+    from .pipeline import DriftingPipeline as DriftingPipeline
+    from .trainer import DriftingTrainer as DriftingTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,167 @@
+r"""The drifting field of "Generative Modeling via Drifting" (arXiv 2602.04770, Algorithm 2 and A.6), as its authors released it.
+
+With the targets y = (negatives, positives), masses w, s the w-weighted mean of all distances |x_i - y_j|, and per temperature tau
+
+    a_ij = max( sqrt( softmax_j(l) softmax_i(l) ), floor ) w_j,      l_ij = log k(|x_i - y_j| / s; tau)
+    F_i  = sum_{j in +} a_ij A-_i y_j / u  -  sum_{j in -} a_ij A+_i y_j / u,      A+-_i = sum_{j in +-} a_ij,   u = s / sqrt(d)
+    V    = sum_tau F_tau / rms(F_tau)
+
+s and each rms are one number for the whole step, so problems are not independent: see `grouping` and `mean`.
+
+Known limits. With the floor on, every target pulls a little at any distance: this keeps far starts trainable, and it stops low-dimensional
+toys short of the finest detail. With the masked own batch as negatives the field has a bias of order 1/sqrt(n). Because of the rms, V never
+shrinks: for particles, switch `normalise_force` off.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..couplings import Coupling, two_sided_softmax
+from ..kernels import LEAST_DISTANCE, Kernel, Laplace, in_float, pairwise_distance
+from ..shapes import Float
+from .protocol import Drift, Mean, batch_mean
+
+
+@dataclass(frozen=True)
+class DriftingField:
+    """The released field. Its parameters are what the paper, the release and their ports do differently.
+
+    The paper's Algorithm 2 without the normalisations of A.6 is
+    `DriftingField((tau,), affinity_floor=0.0, self_mask=1e6, normalise_distance=False, normalise_force=False)`.
+
+    Attributes:
+        temperatures: kernel widths, in mean distances of the batch (in plain distances with `normalise_distance` off).
+        affinity_floor: the least affinity, in [0, 1), before the weights; 1e-3 pulls from everywhere, 0 is the paper's text.
+        self_mask: added to the normalised distance of a sample to itself. Finite in the release, which shows at temperatures above about 10
+            and for samples more than 100 mean distances away from all others.
+        weights: whether masses multiply the affinities after both softmaxes (release; a target of mass 0 still takes part in them) or
+            enter the softmax over targets before it (a target of mass 0 is absent).
+        grouping: whether s and the rms are means over the whole step (release) or over each problem (some ports).
+        normalise_distance: whether distances are divided by their mean s.
+        normalise_force: whether the force of each temperature is divided by its rms.
+        distance_floor: the least s and u, so that a collapsed batch divides by something.
+        strength_floor: the least mean square of a force, for the same reason.
+    """
+
+    temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)
+    affinity_floor: float = 1e-3
+    self_mask: float = 100.0
+    weights: Literal["after", "before"] = "after"
+    grouping: Literal["batch", "problem"] = "batch"
+    normalise_distance: bool = True
+    normalise_force: bool = True
+    distance_floor: float = 1e-3
+    strength_floor: float = 1e-8
+    kernel: Kernel = field(default_factory=Laplace)
+    coupling: Coupling = two_sided_softmax
+
+    def __post_init__(self):
+        if not self.temperatures or not all(math.isfinite(t) and t > 0 for t in self.temperatures):
+            raise ValueError(
+                f"temperatures must be one or more finite numbers above 0, got {self.temperatures}; the paper's are (0.02, 0.05, 0.2)"
+            )
+        if not 0 <= self.affinity_floor < 1:
+            raise ValueError(f"affinity_floor must lie in [0, 1), got {self.affinity_floor}; the release has 1e-3, the paper's text 0")
+        if not (math.isfinite(self.self_mask) and self.self_mask >= 0):
+            raise ValueError(
+                f"self_mask must be finite and at least 0, got {self.self_mask}; use a large number such as 1e6 for a full mask"
+            )
+        for name, allowed in (("weights", ("after", "before")), ("grouping", ("batch", "problem"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Float[Tensor, "*b n d"],
+        *,
+        positives: Float[Tensor, "*b p d"],
+        negatives: Float[Tensor, "*b m d"],
+        positive_weights: Float[Tensor, "*b p"] | None = None,
+        negative_weights: Float[Tensor, "*b m"] | None = None,
+        own: int | None = None,
+        mean: Mean = batch_mean,
+    ) -> Drift:
+        """See `Field`."""
+        own = (x.shape[-2] if negatives is x else 0) if own is None else own
+        if x.ndim == 2:
+            one = lambda t: None if t is None else t[None]
+            drift = self(
+                x[None],
+                positives=positives[None],
+                negatives=negatives[None],
+                positive_weights=one(positive_weights),
+                negative_weights=one(negative_weights),
+                own=own,
+                mean=mean,
+            )
+            return Drift(drift.velocity[0], drift.unit, drift.distance, drift.strength)
+        weights = _masses(negatives, negative_weights, positives, positive_weights)
+        x, targets = in_float(x), torch.cat([in_float(negatives), in_float(positives)], dim=1)
+        centre = targets.mean(dim=1, keepdim=True)  # distances and forces do not change, the rounding error of both does
+        x, targets = x - centre, targets - centre
+
+        distance = pairwise_distance(x, targets)  # (b, n, m + p)
+        distance.diagonal(dim1=1, dim2=2)[:, :own] = LEAST_DISTANCE  # known, where the expanded square leaves rounding noise
+        average = mean if self.grouping == "batch" else torch.divide
+        measured = _mean_distance(distance, weights, average)
+        if self.normalise_distance:
+            distance = distance / _per_problem(measured.clamp(min=self.distance_floor))
+            unit = (measured / math.sqrt(x.shape[-1])).clamp(min=self.distance_floor)
+        else:
+            unit = torch.ones_like(measured)
+        distance.diagonal(dim1=1, dim2=2)[:, :own] += self.self_mask
+
+        targets, total, strengths = targets / _per_problem(unit), 0.0, []
+        for temperature in self.temperatures:
+            attraction, repulsion = self._forces(distance, targets, weights, negatives.shape[1], temperature)
+            force = attraction - repulsion  # (b, n, d)
+            strength = average(force.square().sum((1, 2)), force.new_full(force.shape[:1], force[0].numel()))
+            total = total + (force / _per_problem(strength.clamp(min=self.strength_floor).sqrt()) if self.normalise_force else force)
+            strengths.append(strength)
+        return Drift(total * _per_problem(unit), unit, measured, torch.stack(strengths))
+
+    def _forces(self, distance: Tensor, targets: Tensor, weights: Tensor | None, m: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """Attraction and repulsion of one temperature, each weighted with the mass of the other side; their difference is F.
+
+        Both carry the same total mass A+ A-, so the terms in x cancel and x itself does not appear.
+        """
+        logits = self.kernel.log_value(distance, temperature)
+        if self.weights == "before":
+            affinity = self.coupling(logits, weights, floor=self.affinity_floor)
+        else:
+            affinity = self.coupling(logits, floor=self.affinity_floor)
+            affinity = affinity if weights is None else affinity * weights[:, None, :]
+        negative, positive = affinity[..., :m], affinity[..., m:]
+        attraction = (positive * negative.sum(-1, keepdim=True)) @ targets[:, m:]  # (b, n, p) @ (b, p, d)
+        repulsion = (negative * positive.sum(-1, keepdim=True)) @ targets[:, :m]  # (b, n, m) @ (b, m, d)
+        return attraction, repulsion
+
+
+def _masses(negatives: Tensor, negative_weights: Tensor | None, positives: Tensor, positive_weights: Tensor | None) -> Tensor | None:
+    """Masses of (negatives, positives), [b, m + p]; None where all are 1."""
+    if negative_weights is None and positive_weights is None:
+        return None
+    parts = [
+        in_float(points).new_ones(points.shape[:2]) if weights is None else in_float(weights)
+        for points, weights in ((negatives, negative_weights), (positives, positive_weights))
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _mean_distance(distance: Tensor, weights: Tensor | None, average: Mean) -> Tensor:
+    """The mean over queries and targets, weighted with the masses of the targets; the self pairs (near 0) count, as in the release."""
+    _, n, m = distance.shape
+    columns = distance.sum(1)  # (b, m + p)
+    if weights is None:
+        return average(columns.sum(1), columns.new_full(columns.shape[:1], float(n * m)))
+    return average((columns * weights).sum(1), n * weights.sum(1))
+
+
+def _per_problem(value: Tensor) -> Tensor:
+    """[] as it is, [b] as [b, 1, 1]."""
+    return value if value.ndim == 0 else value[:, None, None]

@@ -1,0 +1,321 @@
+r"""The one-step generator x = f(noise; class, guidance scale, style): a diffusion transformer without a time step (arXiv 2602.04770, section 4 and A.2).
+
+The path of this module is file format: diffusers writes it into every published `model_index.json`.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import (
+    TimestepEmbedding,
+    Timesteps,
+    apply_rotary_emb,
+    get_1d_rotary_pos_embed,
+    get_2d_sincos_pos_embed_from_grid,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from .shapes import Float, Int
+
+EPS = 1e-6  # of every norm in the release
+
+
+class DriftingAttnProcessor:
+    """Scaled dot-product attention through diffusers' dispatcher, so that `set_attention_backend` works."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "DriftingAttention", hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))  # (b, tokens, heads, head_dim)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if rotary is not None:
+            query, key = (apply_rotary_emb(t, rotary, use_real_unbind_dim=-2, sequence_dim=1) for t in (query, key))
+        mixed = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config)
+        return attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
+
+
+class DriftingAttention(nn.Module, AttentionModuleMixin):
+    _default_processor_cls = DriftingAttnProcessor
+    _available_processors = [DriftingAttnProcessor]
+
+    def __init__(self, heads: int, head_dim: int, norm: type[nn.Module] | None):
+        super().__init__()
+        width = heads * head_dim
+        self.heads, self.use_bias = heads, True
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])  # diffusers' layout, which LoRA tools expect
+        self.norm_q = norm(head_dim, eps=EPS) if norm else nn.Identity()
+        self.norm_k = norm(head_dim, eps=EPS) if norm else nn.Identity()
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return self.processor(self, hidden_states, rotary)
+
+
+class DriftingBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero)."""
+
+    def __init__(self, heads: int, head_dim: int, condition_dim: int, mlp_width: int, activation: str, norm_type: str, qk_norm: bool):
+        super().__init__()
+        width = heads * head_dim
+        self.modulation = nn.Linear(condition_dim, 6 * width)
+        self.norm1 = token_norm(norm_type, width)
+        self.attn = DriftingAttention(heads, head_dim, NORMS[norm_type] if qk_norm else None)
+        self.norm2 = token_norm(norm_type, width)
+        self.ff = FeedForward(width, inner_dim=mlp_width, activation_fn=activation)
+
+    def forward(self, tokens: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)  # each (b, 1, width)
+        tokens = tokens + gate1 * self.attn(modulate(self.norm1(tokens), shift1, scale1), rotary)
+        return tokens + gate2 * self.ff(modulate(self.norm2(tokens), shift2, scale2))
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}
+
+
+def token_norm(norm_type: str, width: int) -> nn.Module:
+    """RMSNorm keeps its weight; LayerNorm has none, the modulation does that."""
+    return nn.RMSNorm(width, eps=EPS) if norm_type == "rms_norm" else nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return tokens * (1 + scale) + shift
+
+
+def mlp_width(width: int, mlp_ratio: float, activation: str) -> int:
+    """Two thirds for SwiGLU, which has three matrices, rounded up to a multiple of 32."""
+    inner = int(width * mlp_ratio)
+    return inner if activation == "gelu" else -(-int(2 / 3 * inner) // 32) * 32
+
+
+class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+    r"""Noise in, sample out, in one call.
+
+    The condition is class embedding + sum of style embeddings + 0.02 RMSNorm(MLP(Fourier(guidance scale))). It modulates every block and, projected,
+    stands as `num_class_tokens` tokens before the patches. The output layer starts at zero, so an untrained generator returns zeros.
+
+    Args:
+        sample_size: height and width of a sample, one number or two.
+        patch_size: side of the square patch that makes a token; it must divide both sides.
+        in_channels: channels of the noise.
+        out_channels: channels of the sample; those of the noise if not given.
+        num_classes: number of class labels; 0 for an unconditional generator.
+        num_layers: transformer blocks.
+        num_attention_heads: heads per block.
+        attention_head_dim: width of a head; even. The model's width is heads times this.
+        mlp_ratio: width of the MLP over the width of the model, before SwiGLU's factor 2/3.
+        condition_dim: width of the condition; that of the model if not given.
+        num_class_tokens: in-context copies of the projected condition; 0 switches them off.
+        num_style_tokens: style labels per sample, each with a codebook of its own; 0 switches them off.
+        style_codebook_size: entries per codebook.
+        activation: "swiglu" or "gelu".
+        norm_type: "rms_norm" or "layer_norm", for tokens, queries and keys.
+        qk_norm: whether queries and keys are normalised per head.
+        rope: whether queries and keys are rotated by their place in the sequence, class tokens included.
+        guidance_embedding: whether the generator is told the guidance scale.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DriftingBlock"]
+    _repeated_blocks = ["DriftingBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "class_token_embed", "norm", "embedding"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_classes: int = 1000,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        condition_dim: int | None = None,
+        num_class_tokens: int = 16,
+        num_style_tokens: int = 32,
+        style_codebook_size: int = 64,
+        activation: str = "swiglu",
+        norm_type: str = "rms_norm",
+        qk_norm: bool = True,
+        rope: bool = True,
+        guidance_embedding: bool = True,
+    ):
+        super().__init__()
+        height, columns = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        _check_config(height, columns, patch_size, attention_head_dim, activation, norm_type, num_classes)
+        self.sample_height, self.sample_width = height, columns
+        self.grid = (height // patch_size, columns // patch_size)
+        self.out_channels = out_channels or in_channels
+        width = num_attention_heads * attention_head_dim
+        condition_dim = condition_dim or width
+
+        self.class_embedding = nn.Embedding(num_classes, condition_dim) if num_classes else None
+        self.style_embedding = nn.Embedding(num_style_tokens * style_codebook_size, condition_dim) if num_style_tokens else None
+        if guidance_embedding:
+            self.guidance_fourier = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+            self.guidance_embedder = TimestepEmbedding(256, condition_dim)
+            self.guidance_norm = nn.RMSNorm(condition_dim, eps=EPS)
+        self.patch_proj = nn.Linear(patch_size**2 * in_channels, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], width))
+        if num_class_tokens:
+            self.class_token_proj = nn.Linear(condition_dim, width)
+            self.class_token_embed = nn.Parameter(torch.zeros(1, num_class_tokens, width))
+        inner = mlp_width(width, mlp_ratio, activation)
+        self.transformer_blocks = nn.ModuleList(
+            DriftingBlock(num_attention_heads, attention_head_dim, condition_dim, inner, activation, norm_type, qk_norm)
+            for _ in range(num_layers)
+        )
+        self.modulation_out = nn.Linear(condition_dim, 2 * width)
+        self.norm_out = token_norm(norm_type, width)
+        self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
+        self.gradient_checkpointing = False
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for matrices, N(0, 0.02) for embeddings and the guidance MLP, sines for positions, zero where adaLN-zero says so."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        if self.config.guidance_embedding:
+            nn.init.normal_(self.guidance_embedder.linear_1.weight, std=0.02)
+            nn.init.normal_(self.guidance_embedder.linear_2.weight, std=0.02)
+        if self.config.num_class_tokens:
+            nn.init.normal_(self.class_token_embed, std=0.02)
+        rows, columns = (torch.arange(n, dtype=torch.float32) for n in self.grid)
+        places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # (2, rows, columns), the column first as in the release
+        self.pos_embed.data.copy_(get_2d_sincos_pos_embed_from_grid(self.pos_embed.shape[-1], places, output_type="pt")[None])
+        for module in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
+            nn.init.zeros_(module.weight)
+
+    def forward(
+        self,
+        noise: Float[Tensor, "b c h w"],
+        class_labels: Int[Tensor, " b"] | None = None,
+        guidance_scale: float | Float[Tensor, "*b"] = 1.0,
+        style_labels: Int[Tensor, "b k"] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """One sample per noise.
+
+        Args:
+            noise: standard normal.
+            class_labels: in [0, num_classes); not given for an unconditional generator.
+            guidance_scale: one for all or one per sample; 1 is no guidance. Without `guidance_embedding` only 1 is possible.
+            style_labels: `num_style_tokens` per sample, in [0, style_codebook_size), uniformly drawn in training.
+            return_dict: whether to return an output with `.sample` or a tuple.
+
+        Raises:
+            ValueError: for inputs that do not fit the configuration.
+        """
+        _check_inputs(self, noise, class_labels, guidance_scale, style_labels)
+        condition = self.condition(noise, class_labels, guidance_scale, style_labels)
+        tokens = self.patch_proj(self.patchify(noise)) + self.pos_embed
+        if self.config.num_class_tokens:
+            class_tokens = self.class_token_proj(condition)[:, None] + self.class_token_embed
+            tokens = torch.cat([class_tokens, tokens], dim=1)
+        rotary = self.rotary(tokens) if self.config.rope else None
+        condition = nn.functional.silu(condition)
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, condition, rotary)
+            else:
+                tokens = block(tokens, condition, rotary)
+        tokens = tokens[:, self.config.num_class_tokens :]
+        shift, scale = self.modulation_out(condition)[:, None].chunk(2, dim=-1)
+        sample = self.unpatchify(self.proj_out(modulate(self.norm_out(tokens), shift, scale)))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def condition(
+        self, noise: Tensor, class_labels: Tensor | None, guidance_scale: float | Tensor, style_labels: Tensor | None
+    ) -> Float[Tensor, "b d"]:
+        """What every block is told: class, guidance scale and style, [b, condition_dim] in the precision of the noise."""
+        condition = noise.new_zeros(())
+        if self.class_embedding is not None:
+            condition = condition + self.class_embedding(class_labels)
+        if self.style_embedding is not None:
+            first = torch.arange(self.config.num_style_tokens, device=noise.device) * self.config.style_codebook_size
+            condition = condition + self.style_embedding(style_labels + first).sum(1)  # (b, k, d) -> (b, d)
+        if self.config.guidance_embedding:
+            scale = torch.as_tensor(guidance_scale, dtype=torch.float32, device=noise.device).expand(len(noise))
+            embedded = self.guidance_embedder(self.guidance_fourier(scale).to(noise.dtype))
+            condition = condition + 0.02 * self.guidance_norm(embedded)
+        return condition.expand(len(noise), self.modulation_out.in_features)
+
+    def rotary(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotation, each [tokens, head_dim], in float32 whatever the model runs in."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return get_1d_rotary_pos_embed(self.config.attention_head_dim, places, use_real=True, repeat_interleave_real=False)
+
+    def patchify(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t p"]:
+        """Tokens in row-major order, each the (row, column, channel) values of its patch."""
+        side = self.config.patch_size
+        return images.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, tokens: Float[Tensor, "b t p"]) -> Float[Tensor, "b c h w"]:
+        side = self.config.patch_size
+        grid = tokens.unflatten(1, self.grid).unflatten(3, (side, side, -1))  # (b, rows, columns, side, side, channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _check_config(height: int, columns: int, patch_size: int, head_dim: int, activation: str, norm_type: str, num_classes: int) -> None:
+    if patch_size < 1 or height % patch_size or columns % patch_size:
+        raise ValueError(f"patch_size must divide both sides of sample_size, got {patch_size} for {height} x {columns}")
+    if head_dim % 2:
+        raise ValueError(f"attention_head_dim must be even, got {head_dim}: rotations act on pairs")
+    if activation not in ("swiglu", "gelu"):
+        raise ValueError(f'activation must be "swiglu" or "gelu", got {activation!r}')
+    if norm_type not in NORMS:
+        raise ValueError(f"norm_type must be one of {tuple(NORMS)}, got {norm_type!r}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be at least 0, got {num_classes}; 0 makes an unconditional generator")
+
+
+def _check_inputs(
+    model: DriftingGenerator, noise: Tensor, class_labels: Tensor | None, guidance_scale: Any, style_labels: Tensor | None
+) -> None:
+    config, b = model.config, len(noise)
+    if noise.shape[1:] != (config.in_channels, model.sample_height, model.sample_width):
+        raise ValueError(
+            f"noise must be [b, {config.in_channels}, {model.sample_height}, {model.sample_width}], got {list(noise.shape)}; "
+            f"another size needs a generator built with that sample_size"
+        )
+    _check_labels("class_labels", class_labels, [b], config.num_classes, needed=config.num_classes > 0)
+    _check_labels(
+        "style_labels", style_labels, [b, config.num_style_tokens], config.style_codebook_size, needed=config.num_style_tokens > 0
+    )
+    if isinstance(guidance_scale, Tensor) and guidance_scale.ndim and guidance_scale.shape != (b,):
+        raise ValueError(f"guidance_scale must be one number or one per sample, [{b}], got {list(guidance_scale.shape)}")
+    if not config.guidance_embedding and not (isinstance(guidance_scale, int | float) and guidance_scale == 1):
+        raise ValueError(f"this generator was built without guidance_embedding, so guidance_scale must stay 1.0, got {guidance_scale}")
+
+
+def _check_labels(name: str, labels: Tensor | None, shape: list[int], size: int, *, needed: bool) -> None:
+    if not needed:
+        if labels is not None:
+            raise ValueError(f"this generator takes no {name}, got {list(labels.shape)}: leave them out")
+        return
+    if labels is None:
+        raise ValueError(f"{name} are needed: integers {shape} in [0, {size})")
+    if list(labels.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {list(labels.shape)}")
+    # On a GPU looking at the values would wait for the device; the pipeline checks them before they go there.
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} must lie in [0, {size}), got values from {low} to {high}")

@@ -1,0 +1,75 @@
+r"""A radial kernel k(r) says how strongly a target at distance r attracts or repels; its width is the temperature.
+
+Each kernel gives four functions of the distance r and the temperature tau, all in the same unit of length:
+`log_value` log k, `value` k, `derivative` dk/dr, and `sharp` k#(r) = int_r^inf s k(s) ds, for which grad_x k#(|x-y|) = k (y - x)
+(arXiv 2604.06333).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .shapes import Float
+
+LEAST_DISTANCE = 1e-4
+"""What coinciding points are apart: at 0 the square root has no finite gradient. The release's value."""
+
+
+def pairwise_distance(x: Float[Tensor, "*b n d"], y: Float[Tensor, "*b m d"]) -> Float[Tensor, "*b n m"]:
+    """Euclidean distance of every x to every y, never below `LEAST_DISTANCE`.
+
+    The squares are expanded so that the work is one matrix product. In float32 that loses digits when the points lie far from the origin
+    compared with their spread, so centre them first: distances do not change.
+    """
+    squares = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
+    return (squares - 2 * (x @ y.mT)).clamp(min=LEAST_DISTANCE**2).sqrt()
+
+
+class Kernel(Protocol):
+    """What a field needs of a kernel. `log_value` is what couplings use: it neither underflows far away nor saturates at r = 0."""
+
+    def log_value(self, distance: Tensor, temperature: float) -> Tensor: ...
+    def value(self, distance: Tensor, temperature: float) -> Tensor: ...
+    def derivative(self, distance: Tensor, temperature: float) -> Tensor: ...
+    def sharp(self, distance: Tensor, temperature: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """k = exp(-r / tau), the kernel of arXiv 2602.04770, section 3.3: the distance is not squared."""
+
+    def log_value(self, distance: Tensor, temperature: float) -> Tensor:
+        return distance * (-1 / temperature)
+
+    def value(self, distance: Tensor, temperature: float) -> Tensor:
+        return self.log_value(distance, temperature).exp()
+
+    def derivative(self, distance: Tensor, temperature: float) -> Tensor:
+        return self.value(distance, temperature) * (-1 / temperature)
+
+    def sharp(self, distance: Tensor, temperature: float) -> Tensor:
+        return temperature * (distance + temperature) * self.value(distance, temperature)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """k = exp(-r^2 / 2 tau^2). The one kernel whose mean shift is a score: k# = tau^2 k (arXiv 2603.09936)."""
+
+    def log_value(self, distance: Tensor, temperature: float) -> Tensor:
+        return distance.square() * (-0.5 / temperature**2)
+
+    def value(self, distance: Tensor, temperature: float) -> Tensor:
+        return self.log_value(distance, temperature).exp()
+
+    def derivative(self, distance: Tensor, temperature: float) -> Tensor:
+        return self.value(distance, temperature) * distance * (-1 / temperature**2)
+
+    def sharp(self, distance: Tensor, temperature: float) -> Tensor:
+        return temperature**2 * self.value(distance, temperature)
+
+
+def in_float(x: Tensor) -> Tensor:
+    """X in float32, or in float64 if it is that already: in 16 bits distances underflow at temperature 0.02."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
