@@ -1,0 +1,200 @@
+r"""How a pipeline lies in a folder or a Hub repository, and the card that stands before it.
+
+diffusers loads a class it does not ship only from a file in the repository. So `model_index.json` names two files of one import line each,
+`pipeline.py` and `transformer/modeling_drifting.py`: the generic `DiffusionPipeline` finds everything through them once it is trusted to run code,
+while our own class reads the names back as what they stand for, runs nothing from the repository and needs no trust.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult, ModelCardData, create_repo, hf_hub_download, snapshot_download, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
+
+INDEX = "model_index.json"
+SHIM = "from drifting_diffusers import {name} as {name}\n"
+
+# What the index says on disk, and what it means to us.
+PIPELINE_ON_DISK, PIPELINE = ["pipeline", "DriftingPipeline"], "DriftingPipeline"
+GENERATOR_ON_DISK, GENERATOR = ["modeling_drifting", "DriftingGenerator"], ["drifting_diffusers.generator", "DriftingGenerator"]
+
+CARD_MARK = "<!-- Rendered by drifting_diffusers; delete this line and the next push keeps the card as you left it. -->"
+
+
+def to_published(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `model_index.json` as it is published.
+
+    `labels` becomes an object {"0": name}: of a list, diffusers' `download` takes the first entry for a component's library.
+    """
+    published = {key: GENERATOR_ON_DISK if value == GENERATOR else value for key, value in index.items()}
+    if index["_class_name"] == PIPELINE:
+        published["_class_name"] = PIPELINE_ON_DISK
+    if isinstance(index.get("labels"), list):
+        published["labels"] = {str(i): name for i, name in enumerate(index["labels"])}
+    return published
+
+
+def from_published(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The same content with our classes under their own names; an index in diffusers' stock layout comes back as it is."""
+    meant = {key: GENERATOR if value == GENERATOR_ON_DISK else value for key, value in index.items()}
+    if index.get("_class_name") == PIPELINE_ON_DISK:
+        meant["_class_name"] = PIPELINE
+    return meant
+
+
+def publish_layout(folder: str | os.PathLike) -> None:
+    """Rewrite the `model_index.json` that diffusers saved in `folder` and put the two shims beside it."""
+    path = Path(folder, INDEX)
+    index = to_published(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if index["_class_name"] == PIPELINE_ON_DISK:
+        Path(folder, "pipeline.py").write_text(SHIM.format(name="DriftingPipeline"), encoding="utf-8")
+    for component in (key for key, value in index.items() if value == GENERATOR_ON_DISK):
+        Path(folder, component).mkdir(exist_ok=True)
+        Path(folder, component, "modeling_drifting.py").write_text(SHIM.format(name="DriftingGenerator"), encoding="utf-8")
+
+
+def download_components(
+    repo_id: str, components: Iterable[str], *, variant: str | None = None, suffix: str = "safetensors", **where: Any
+) -> str:
+    """Fetch configurations and weights of the components, and no code; returns the folder of the snapshot.
+
+    A component without weights of the variant comes with its plain ones, as in diffusers.
+
+    Args:
+        repo_id: the repository.
+        components: names of the sub-folders to fetch.
+        variant: as in "fp16"; plain weights if not given.
+        suffix: "safetensors" or "bin".
+        where: revision, token, cache_dir and so on, as `snapshot_download` takes them.
+
+    Raises:
+        ValueError: if no component has weights of the variant.
+    """
+    components = list(components)
+    fetch = partial(snapshot_download, repo_id, **where)
+    allow = [INDEX, *(f"{name}/*.json" for name in components)]
+    plain = components
+    if variant is not None:
+        weights = [f"{name}/*.{variant}{shard}.{suffix}" for name in components for shard in ("", "-*")]
+        folder = fetch(allow_patterns=[*allow, *weights])
+        plain = [name for name in components if not any(Path(folder, name).glob(f"*.{variant}*.{suffix}"))]
+        if plain == components and components:
+            raise ValueError(f"{repo_id} has no {suffix} weights of variant {variant!r}: leave `variant` out, or save them with it first")
+        if not plain:
+            return folder
+    return fetch(allow_patterns=[*allow, *(f"{name}/*.{suffix}" for name in plain)], ignore_patterns=[f"*.*.{suffix}"])
+
+
+def upload(
+    pipeline: DiffusionPipeline,
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    """Upload a saved pipeline; the repository is made if it is new, and gets our card if it has none of its own."""
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    write_card(pipeline, folder, repo_id, token=token)
+    message = commit_message or f"Upload {type(pipeline).__name__}"
+    return upload_folder(repo_id=repo_id, folder_path=str(folder), token=token, commit_message=message, create_pr=create_pr)
+
+
+def write_card(pipeline: DiffusionPipeline, folder: str | os.PathLike, repo_id: str, *, token: str | None = None) -> None:
+    """Put a README.md in `folder`: the one already there, else the repository's if somebody wrote it, else ours with the numbers of results.json."""
+    readme, results = Path(folder, "README.md"), Path(folder, "results.json")
+    if readme.exists():
+        return
+    try:
+        text = Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        text = CARD_MARK
+    if CARD_MARK in text:
+        text = model_card(pipeline, json.loads(results.read_text(encoding="utf-8")) if results.exists() else None, repo_id=repo_id)
+    readme.write_text(text, encoding="utf-8")
+
+
+def model_card(pipeline: DiffusionPipeline, results: Mapping[str, Any] | None = None, *, repo_id: str = "user/repository") -> str:
+    """The text of a README.md: what the generator is, how to draw from it, and measured numbers if there are any.
+
+    Args:
+        pipeline: the pipeline that is published.
+        results: {"metrics": {"fid": 12.3}} and how they were made: "dataset" and "license" go into the metadata as well, every other entry
+            (seeds, number of samples, command, commit) is printed as it is.
+        repo_id: where the snippet loads from.
+
+    Raises:
+        ValueError: if a metric is not a finite number.
+    """
+    results = dict(results or {})
+    metrics, config = dict(results.pop("metrics", {})), pipeline.transformer.config
+    bad = {name: value for name, value in metrics.items() if not isinstance(value, int | float) or not math.isfinite(value)}
+    if bad:
+        raise ValueError(f"metrics must be finite numbers, got {bad}: leave out what was not measured")
+    sides = f"{pipeline.transformer.sample_height} x {pipeline.transformer.sample_width}"
+    classes = f"{config.num_classes} classes" if config.num_classes else "no class labels"
+    weights = sum(p.numel() for p in pipeline.transformer.parameters())
+    decoder = f", decoded by an `{type(pipeline.vae).__name__}`" if pipeline.vae is not None else ""
+    parts = [
+        f"---\n{_metadata(repo_id, config.num_classes, results, metrics)}\n---\n{CARD_MARK}",
+        f"# {repo_id.split('/')[-1]}",
+        "A one-step image generator trained with drifting ([Generative Modeling via Drifting](https://arxiv.org/abs/2602.04770)): one network call "
+        f"per image. Samples are {pipeline.transformer.out_channels} x {sides}{decoder}; it knows {classes} and has {weights:,} weights.",
+        f"```bash\npip install drifting-diffusers\n```\n\n```python\n{_snippet(pipeline, repo_id)}\n```",
+        f'`DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)` loads the same pipeline, with the package installed.',
+    ]
+    if metrics:
+        rows = [f"| {name} | {value} |" for name, value in metrics.items()]
+        parts.append("\n".join(["## Results", "", "| metric | value |", "|---|---|", *rows, "", *_how(results)]))
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _how(results: Mapping[str, Any]) -> list[str]:
+    return [f"- {name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in results.items()]
+
+
+def _snippet(pipeline: DiffusionPipeline, repo_id: str) -> str:
+    config, names = pipeline.transformer.config, list(pipeline.config.labels)
+    wanted = json.dumps(
+        names[:2] if names and len(set(names)) == len(names) else list(range(min(2, config.num_classes))), ensure_ascii=False
+    )
+    what = wanted if config.num_classes else "num_images_per_label=2"
+    latent = pipeline.vae is None and pipeline.transformer.out_channels not in (1, 3)
+    arguments = [what, "generator=torch.Generator().manual_seed(0)", *(['output_type="latent"'] if latent else [])]
+    return "\n".join([
+        "import torch",
+        "from drifting_diffusers import DriftingPipeline",
+        "",
+        f'pipe = DriftingPipeline.from_pretrained("{repo_id}")',
+        f"images = pipe({', '.join(arguments)}).images",
+    ])  # fmt: skip
+
+
+def _metadata(repo_id: str, num_classes: int, results: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
+    dataset, task = results.get("dataset"), "unconditional-image-generation"  # of class-conditional models too; the Hub has no other name
+    conditional = ["class-conditional-image-generation"] if num_classes else []
+    evaluations = [
+        EvalResult(task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=name, metric_value=value)
+        for name, value in metrics.items()
+        if dataset  # a number without a dataset cannot stand in the index of the Hub
+    ]
+    data = ModelCardData(
+        library_name="drifting-diffusers",  # with "diffusers" the Hub would show a text-to-image snippet
+        tags=["diffusers", "drifting", "one-step", *conditional, "arxiv:2602.04770"],
+        pipeline_tag=task,
+        license=results.get("license"),
+        datasets=[dataset] if dataset else None,
+        metrics=list(metrics) or None,
+        model_name=repo_id.split("/")[-1] if evaluations else None,
+        eval_results=evaluations or None,
+    )
+    return data.to_yaml()

@@ -1,0 +1,304 @@
+r"""Class labels in, images out: image = decode(f(noise; label, guidance scale, style)), with noise ~ N(0, 1) and style labels uniform.
+
+Each image takes its noise and then its style from its own generator, so the same seed gives the same image whatever stands around it in the batch.
+"""
+
+import difflib
+import operator
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from . import hub
+from .generator import DriftingGenerator
+from .shapes import Float, Int
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class DriftingPipeline(DiffusionPipeline):
+    r"""Draws images from a `DriftingGenerator`, one network call per image.
+
+    Args:
+        transformer: the generator.
+        vae: decodes its samples; without one the samples are the images, in [-1, 1].
+        labels: a name for every class, in the order of the ids; or {"0": name}, as `model_index.json` holds them.
+        guidance_scale: what is taken when a call gives none; 1 is no guidance.
+
+    Raises:
+        ValueError: if labels, vae or guidance scale do not fit the generator.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+
+    def __init__(
+        self,
+        transformer: DriftingGenerator,
+        vae: ModelMixin | None = None,
+        labels: list[str] | dict[str, str] | None = None,
+        guidance_scale: int | float = 1.0,
+    ):
+        super().__init__()
+        names = [labels[str(i)] for i in range(len(labels))] if isinstance(labels, Mapping) else list(labels or ())
+        _check_fit(transformer, vae, names)
+        _guidance_scales(guidance_scale, 1, embedded=transformer.config.guidance_embedding)
+        self.register_modules(transformer=transformer, vae=vae)
+        self.register_to_config(labels=names, guidance_scale=float(guidance_scale))
+        self.image_processor = VaeImageProcessor()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        guidance_scale: int | float | Sequence[int | float] | Tensor | None = None,
+        num_images_per_label: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Float[Tensor, "b c h w"] | None = None,
+        style_labels: Int[Tensor, "b k"] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """`num_images_per_label` images of every label, those of a label side by side.
+
+        Args:
+            class_labels: ids, names, or one of them; a name is found without regard to case, whole or up to a comma. Not given for an unconditional
+                generator, which makes `num_images_per_label` images.
+            guidance_scale: one for all or one per label, finite and above 0; the pipeline's own if not given.
+            num_images_per_label: at least 1.
+            generator: one, which the images draw from in turn, or a list with one per image; torch's global one if not given.
+            latents: noise in place of the drawn one.
+            style_labels: in [0, style_codebook_size), in place of the drawn ones.
+            output_type: "pil", "np" [b, h, w, c] in [0, 1], "pt" [b, c, h, w] in [0, 1], or "latent", what the generator returned.
+            return_dict: whether to return an output with `.images` or a tuple.
+
+        Raises:
+            ValueError: for inputs that do not fit the generator; nothing is drawn then.
+        """
+        self._check_output(output_type, num_images_per_label)
+        ids = self.get_label_ids(class_labels)
+        count = len(ids) if ids is not None else 1
+        scales = _guidance_scales(
+            self.config.guidance_scale if guidance_scale is None else guidance_scale,
+            count,
+            embedded=self.transformer.config.guidance_embedding,
+        )
+        noise, style = self._inputs(count * num_images_per_label, generator, latents, style_labels)
+        sample = self.transformer(
+            noise,
+            torch.tensor(ids, device=noise.device).repeat_interleave(num_images_per_label) if ids is not None else None,
+            scales.to(noise.device).repeat_interleave(num_images_per_label) if scales is not None else 1.0,
+            style,
+            return_dict=False,
+        )[0]
+        images: Any = sample if output_type == "latent" else self.image_processor.postprocess(self.decode(sample).float(), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def labels(self) -> list[str]:
+        """The name of every class by its id; empty if the classes have no names."""
+        return list(self.config.labels)
+
+    def get_label_ids(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int] | None:
+        """Ids of labels given by id or name; None for an unconditional generator.
+
+        Raises:
+            ValueError: for ids out of range, names that are unknown or shared by several classes, no labels, or labels for an unconditional generator.
+            TypeError: for what is neither an id nor a name.
+        """
+        classes = self.transformer.config.num_classes
+        if classes == 0:
+            if class_labels is not None:
+                raise ValueError(f"this generator knows no classes, got class_labels={class_labels!r}: set num_images_per_label instead")
+            return None
+        if class_labels is None:
+            raise ValueError(f"class_labels are needed: ids from 0 to {classes - 1}{' or names' if self.labels else ''}")
+        if isinstance(class_labels, Tensor):
+            class_labels = class_labels.tolist()
+        wanted = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        if not wanted:
+            raise ValueError("class_labels are empty: give at least one label")
+        find = _finder(self.labels) if any(isinstance(label, str) for label in wanted) else None
+        return [find(label) if find and isinstance(label, str) else _checked_id(label, classes) for label in wanted]
+
+    def decode(self, sample: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _ _ _"]:
+        """Images in about [-1, 1] from samples of the generator: through the vae if there is one."""
+        if self.vae is None:
+            return sample
+        scaling, shift = getattr(self.vae.config, "scaling_factor", None), getattr(self.vae.config, "shift_factor", None)
+        return self.vae.decode((sample / (scaling or 1.0) + (shift or 0.0)).to(self.vae.dtype), return_dict=False)[0]
+
+    def _inputs(
+        self, n: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None, style_labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Noise [n, c, h, w] and style labels [n, k]. What is given replaces what is drawn, so it does not shift the rest."""
+        model, device = self.transformer, self._execution_device
+        config = model.config
+        generators = generator if isinstance(generator, list) else [generator] * n
+        if len(generators) != n:
+            raise ValueError(
+                f"{len(generators)} generators for {n} images: give one per image, or a single one that they draw from in turn"
+            )
+        shape = (config.in_channels, model.sample_height, model.sample_width)
+        if latents is not None and latents.shape != (n, *shape):
+            raise ValueError(f"latents must be {[n, *shape]}, got {list(latents.shape)}")
+        _check_style(style_labels, n, config.num_style_tokens, config.style_codebook_size)
+        drawn = [_draw(shape, config.num_style_tokens, config.style_codebook_size, rng, device) for rng in generators]
+        noise = torch.cat([noise for noise, _ in drawn]) if latents is None else latents
+        style = torch.cat([style for _, style in drawn]) if style_labels is None else style_labels
+        return noise.to(device, model.dtype), style.to(device) if config.num_style_tokens else None
+
+    def _check_output(self, output_type: str, num_images_per_label: int) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
+        channels = self.transformer.out_channels
+        if output_type == "pil" and self.vae is None and channels not in (1, 3):
+            raise ValueError(f'samples of {channels} channels are no picture: load the pipeline with its vae, or take output_type="latent"')
+
+    # -- folders and the Hub
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `model_index.json` in the published layout, with the shims it names."""
+        if push_to_hub:
+            raise ValueError(
+                "a pipeline's index is of no use alone on the Hub: call push_to_hub() or save_pretrained(..., push_to_hub=True)"
+            )
+        super().save_config(save_directory, **kwargs)
+        hub.publish_layout(save_directory)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in diffusers. With `push_to_hub` the repository `repo_id` (by default the folder's name) gets our card unless it has its own README."""
+        upload = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "token", "create_pr") if key in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            hub.upload(self, save_directory, upload.pop("repo_id", Path(save_directory).name), **upload)
+
+    def push_to_hub(
+        self, repo_id: str, *, safe_serialization: bool = True, variant: str | None = None, max_shard_size: Any = None, **kwargs: Any
+    ) -> Any:
+        """Save to a temporary folder and upload it.
+
+        Args:
+            repo_id: the repository, made if it is new.
+            safe_serialization: whether to save as safetensors.
+            variant: goes into the names of the weights, as in "fp16".
+            max_shard_size: of a file, as in "5GB".
+            kwargs: commit_message, private, token, create_pr.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size)
+            return hub.upload(self, folder, repo_id, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, with our classes under their own names, so that loading them needs no code from the repository."""
+        loaded = super().load_config(*args, **kwargs)
+        return (hub.from_published(loaded[0]), *loaded[1:]) if isinstance(loaded, tuple) else hub.from_published(loaded)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Fetch configurations and weights into the cache; no code, and nothing of the components that are passed as arguments."""
+        where = {key: kwargs.get(key) for key in ("cache_dir", "token")}
+        where |= {key: bool(kwargs.get(key)) for key in ("force_download", "local_files_only")}
+        index, commit = cls.load_config(pretrained_model_name, revision=kwargs.get("revision"), return_commit_hash=True, **where)
+        expected, _ = cls._get_signature_keys(cls)
+        components = [name for name in expected if name not in kwargs and index.get(name, [None])[0] is not None]
+        return hub.download_components(
+            pretrained_model_name,
+            components,
+            variant=kwargs.get("variant"),
+            suffix="bin" if kwargs.get("use_safetensors") is False else "safetensors",
+            revision=commit or kwargs.get("revision"),  # the commit of the index, should the branch move meanwhile
+            **where,
+        )
+
+
+def _draw(
+    shape: tuple[int, int, int], tokens: int, codebook: int, rng: torch.Generator | None, device: torch.device
+) -> tuple[Float[Tensor, "1 c h w"], Int[Tensor, "1 k"]]:
+    """Noise and style labels of one image. Float32 whatever the model runs in, so a seed means the same noise in every precision."""
+    noise = randn_tensor((1, *shape), generator=rng, device=device, dtype=torch.float32)
+    style = torch.randint(codebook, (1, tokens), generator=rng, device=rng.device if rng is not None else device)
+    return noise, style.to(device)
+
+
+def _guidance_scales(scale: Any, count: int, *, embedded: bool) -> Float[Tensor, " n"] | None:
+    """One scale per label; None for a generator that is not told."""
+    scales = torch.as_tensor(scale, dtype=torch.float32)
+    if scales.ndim > 1 or scales.numel() not in (1, count):
+        raise ValueError(f"guidance_scale must be one number or one per label ({count}), got shape {list(scales.shape)}")
+    if not (scales.isfinite() & (scales > 0)).all():
+        raise ValueError(f"guidance_scale must be finite and above 0 (1 is no guidance), got {scales.tolist()}")
+    if embedded:
+        return scales.expand(count)
+    if (scales != 1).any():
+        raise ValueError(f"this generator was built without guidance_embedding, so guidance_scale must stay 1, got {scales.tolist()}")
+    return None
+
+
+def _finder(names: list[str]) -> Callable[[str], int]:
+    """From a name to its id: exactly first, then without regard to case. "tench, Tinca tinca" is found by either part as well."""
+    if not names:
+        raise ValueError("this pipeline has no names for its classes: give ids, or build it with `labels`")
+    exact: dict[str, set[int]] = {}
+    folded: dict[str, set[int]] = {}
+    for i, name in enumerate(names):
+        for part in (name, *(part.strip() for part in name.split(","))):
+            exact.setdefault(part, set()).add(i)
+            folded.setdefault(part.casefold(), set()).add(i)
+
+    def find(name: str) -> int:
+        ids = exact.get(name) or folded.get(name.strip().casefold())
+        if not ids:
+            near = [names[min(folded[key])] for key in difflib.get_close_matches(name.casefold(), folded)]
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else "`pipe.labels` lists them all"
+            raise ValueError(f"no class is named {name!r}; {hint}")
+        if len(ids) > 1:
+            raise ValueError(f"{name!r} is the name of the classes {sorted(ids)}: give the id")
+        return min(ids)
+
+    return find
+
+
+def _checked_id(label: Any, classes: int) -> int:
+    try:
+        index = operator.index(label)
+    except TypeError:
+        raise TypeError(f"a class label is an id or a name, got {label!r}") from None
+    if not 0 <= index < classes:
+        raise ValueError(f"class ids must lie from 0 to {classes - 1}, got {index}")
+    return index
+
+
+def _check_style(style_labels: Tensor | None, n: int, tokens: int, codebook: int) -> None:
+    """Here and not in the generator, which would have to wait for the device to look at the values."""
+    if style_labels is None:
+        return
+    if not tokens:
+        raise ValueError("this generator takes no style_labels: leave them out")
+    if list(style_labels.shape) != [n, tokens]:
+        raise ValueError(f"style_labels must be {[n, tokens]}, got {list(style_labels.shape)}")
+    if style_labels.min() < 0 or style_labels.max() >= codebook:
+        raise ValueError(f"style_labels must lie in [0, {codebook}), got values from {style_labels.min()} to {style_labels.max()}")
+
+
+def _check_fit(transformer: DriftingGenerator, vae: ModelMixin | None, names: Iterable[str]) -> None:
+    names, classes = list(names), transformer.config.num_classes
+    if names and len(names) != classes:
+        raise ValueError(f"{len(names)} labels for a generator of {classes} classes: give one name per class, or none")
+    channels = getattr(vae.config, "latent_channels", transformer.out_channels) if vae is not None else transformer.out_channels
+    if channels != transformer.out_channels:
+        raise ValueError(
+            f"the vae decodes {channels} channels, the generator makes {transformer.out_channels}: they were not trained together"
+        )
