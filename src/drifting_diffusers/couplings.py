@@ -4,7 +4,7 @@ Rows are queries, columns are targets. A coupling is any function `(logits [b, n
 `weights` are the masses of the targets when they are to enter the normalisation, and a target of mass 0 is then absent: its affinities are 0.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from .shapes import Float
 
 
+@runtime_checkable
 class Coupling(Protocol):
     def __call__(self, logits: Tensor, weights: Tensor | None = None, *, floor: float = 0.0) -> Tensor: ...
 

@@ -6,7 +6,7 @@ Each kernel gives four functions of the distance r and the temperature tau, all 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ def pairwise_distance(x: Float[Tensor, "*b n d"], y: Float[Tensor, "*b m d"]) ->
     return (squares - 2 * (x @ y.mT)).clamp(min=LEAST_DISTANCE**2).sqrt()
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """What a field needs of a kernel. `log_value` is what couplings use: it neither underflows far away nor saturates at r = 0."""
 

@@ -6,7 +6,7 @@ is a field that holds a field: it calls it again with moved queries and, because
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -39,6 +39,7 @@ class Drift:
     strength: Tensor
 
 
+@runtime_checkable
 class Field(Protocol):
     """The one protocol of all fields."""
 
