@@ -1,0 +1,53 @@
+# Everything a person types. Each target builds what it needs; `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: help quickstart toys test test-slow check format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+quickstart: $(VENV)/.user  ## train a one-step generator of Fashion-MNIST and look at it: outputs/quickstart/samples.png
+	$(BIN)/python examples/quickstart.py
+
+toys: $(VENV)/.user  ## two-dimensional pictures of the idea: outputs/particles, outputs/toy_2d
+	$(BIN)/python examples/01_particles.py
+	$(BIN)/python examples/02_toy_2d.py
+
+test: $(VENV)/.dev  ## the test suite, without what takes minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev  ## format, lint, import contracts, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: $(VENV)/.dev  ## rewrite the code as ruff would
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the virtual environment and what the examples wrote
+	rm -rf $(VENV) outputs
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "drifting_diffusers needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python's venv is missing; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch, then the library: a few minutes, about 2 GB ..."
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.user: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[plot]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.user

@@ -1,0 +1,89 @@
+"""Recent real samples by class: what the generated ones are compared with (arXiv 2602.04770, A.4)."""
+
+import torch
+from torch import Tensor
+
+from .shapes import Float, Int
+
+
+class SampleBank:
+    """A ring buffer per class. The newest `capacity` samples of every class are kept; older ones are overwritten.
+
+    Args:
+        num_classes: classes; 1 for a bank of unconditional negatives, pushed with label 0.
+        capacity: samples kept per class; the paper has 128, and 1000 for the unconditional bank.
+        sample_shape: shape of one sample.
+        dtype: what samples are stored in.
+        device: where they are stored; draws come from there.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        capacity: int,
+        sample_shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        if num_classes < 1 or capacity < 1:
+            raise ValueError(f"a bank needs at least one class and one place per class, got {num_classes} classes and capacity {capacity}")
+        self.samples = torch.zeros(num_classes, capacity, *sample_shape, dtype=dtype, device=device)
+        self.next = torch.zeros(num_classes, dtype=torch.long)  # where the next sample of a class goes
+        self.count = torch.zeros(num_classes, dtype=torch.long)  # how many places of a class are filled
+
+    @property
+    def capacity(self) -> int:
+        return self.samples.shape[1]
+
+    def push(self, samples: Tensor, labels: Int[Tensor, " n"]) -> None:
+        """Store samples [n, ...] of the given classes, in order.
+
+        Raises:
+            ValueError: for shapes or labels that do not fit the bank; nothing is stored then.
+        """
+        if samples.shape[1:] != self.samples.shape[2:] or labels.shape != samples.shape[:1]:
+            raise ValueError(
+                f"samples must be [n, {', '.join(map(str, self.samples.shape[2:]))}] with labels [n], got {list(samples.shape)} and {list(labels.shape)}"
+            )
+        self._check_labels(labels)
+        samples = samples.to(self.samples)
+        for label in labels.unique().tolist():
+            new = samples[(labels == label).to(samples.device)][-self.capacity :]
+            skipped = int((labels == label).sum()) - len(new)  # more than a whole ring: those would be overwritten at once
+            places = (self.next[label] + skipped + torch.arange(len(new))) % self.capacity
+            self.samples[label, places.to(samples.device)] = new
+            self.next[label] = (self.next[label] + skipped + len(new)) % self.capacity
+            self.count[label] = min(self.capacity, int(self.count[label]) + skipped + len(new))
+
+    def draw(self, labels: Int[Tensor, " l"], n: int, *, generator: torch.Generator) -> Float[Tensor, "l n *shape"]:
+        """N samples of each label: distinct ones where the bank holds n of that class, else with repeats.
+
+        Raises:
+            LookupError: for a class of which no sample was pushed yet. Zeros would train on black images.
+        """
+        self._check_labels(labels)
+        missing = sorted({int(label) for label in labels if self.count[label] == 0})
+        if missing:
+            raise LookupError(f"no sample yet for classes {missing}: push them before drawing, or leave these labels out of the step")
+        return torch.stack([self.samples[label, self._places(int(self.count[label]), n, generator)] for label in labels.tolist()])
+
+    def _places(self, count: int, n: int, generator: torch.Generator) -> Tensor:
+        places = torch.randperm(count, generator=generator)[:n] if count >= n else torch.randint(count, (n,), generator=generator)
+        return places.to(self.samples.device)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < len(self.count)):
+            raise ValueError(f"labels must lie in [0, {len(self.count)}), got values from {int(labels.min())} to {int(labels.max())}")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"samples": self.samples, "next": self.next, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state["samples"].shape != self.samples.shape:
+            raise ValueError(
+                f"the saved bank is {list(state['samples'].shape)}, this one {list(self.samples.shape)}; build it with the saved classes and capacity"
+            )
+        self.samples.copy_(state["samples"])
+        self.next.copy_(state["next"])
+        self.count.copy_(state["count"])

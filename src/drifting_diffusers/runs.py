@@ -1,0 +1,87 @@
+"""The folder of a training run: whose it is, its checkpoints, its log. Nothing a user made is overwritten, and no half-written checkpoint is read.
+
+output_dir/training_config.json   every choice, written before step 0
+           checkpoint-1000/       all state; written aside as checkpoint-1000.partial and renamed when whole
+           log.jsonl              one line per log, evaluation included
+           previews/              class grids while training
+           pipeline/              the trained DriftingPipeline
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import CONFIG_NAME, DriftingConfig
+
+
+class RunFolder:
+    def __init__(self, config: DriftingConfig):
+        self.path, self.config = Path(config.output_dir), config
+        self.check()
+
+    def check(self) -> None:
+        """Raises FileExistsError or ValueError if the folder belongs to something else than this run."""
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not (self.path / CONFIG_NAME).exists():
+            raise FileExistsError(f"output_dir {str(self.path)!r} holds other files and no run; choose a new or empty folder")
+        differences = self.config.differences(DriftingConfig.from_folder(self.path))
+        if differences:
+            listed = ", ".join(f"{name}={here} (there: {there})" for name, (here, there) in differences.items())
+            raise ValueError(
+                f"output_dir {str(self.path)!r} holds another run: {listed}; choose a new folder, or the old values to resume it"
+            )
+
+    def claim(self) -> None:
+        """Write the config, unless this run was started before."""
+        self.check()
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CONFIG_NAME).write_text(self.config.to_json())
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The whole checkpoints by step, oldest first."""
+        found = {}
+        for path in self.path.glob("checkpoint-*"):
+            number = path.name.removeprefix("checkpoint-")
+            if number.isdecimal():  # not checkpoint-1000.partial
+                found[int(number)] = path
+        return dict(sorted(found.items()))
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], object]) -> None:
+        """Have `write` fill a folder and give it its name when it is on the disk; then drop the oldest beyond the limit."""
+        final = self.path / f"checkpoint-{step}"
+        partial = final.with_name(final.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        _to_disk(partial)
+        if final.exists():  # the same step of the same run
+            shutil.rmtree(final)
+        partial.rename(final)
+        _to_disk(self.path)
+        for old in list(self.checkpoints().values())[: -self.config.save_total_limit]:
+            shutil.rmtree(old)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        with (self.path / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        log = self.path / "log.jsonl"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def forget_after(self, step: int) -> None:
+        """Drop log lines of steps that a killed run took beyond its last checkpoint: they are about to be taken again."""
+        kept = [entry for entry in self.history() if entry["step"] <= step]
+        (self.path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _to_disk(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        if path.is_file() or path == folder:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)

@@ -1,0 +1,328 @@
+"""The trainer conducts: order, devices, checkpoints, logs, previews. Every formula lives elsewhere."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .bank import SampleBank
+from .config import DriftingConfig, learning_rate_at
+from .data import LabelledImages, ShuffledOrder, label_names
+from .evaluation import compare
+from .generator import DriftingGenerator
+from .guidance import draw_guidance, unconditional_weight
+from .objective import DriftingObjective
+from .pipeline import DriftingPipeline
+from .runs import RunFolder
+
+LOSS_NOTICE = (
+    "The loss of a drifting model is flat by construction (every force is divided by its own size), so it is not shown as progress. "
+    "Watch the energy distance to held-out images and the strengths in log.jsonl."
+)
+FILL, PUSH, STEP, EVAL = range(4)  # what a stream of random numbers is for: the first half of its seed
+
+
+class DriftingTrainer:
+    """Trains a generator by drifting (arXiv 2602.04770, Algorithm 1) in one process, on the device that Accelerate chooses.
+
+    Everything random in step k is a function of (seed, k), so a resumed run is the run that never stopped.
+
+    Args:
+        generator: the generator; it is trained in place.
+        objective: features and field.
+        train_dataset: a map-style `datasets.Dataset` with images and integer labels; images are brought to the generator's size and channels.
+        config: every other choice.
+        eval_dataset: held-out images of the same columns, at least 4 per class. Without it distances are to training images.
+        compute_metrics: further numbers of an evaluation, from its images [n, c, h, w] in [-1, 1] and their labels [n].
+
+    Raises:
+        ValueError: for a dataset, generator or output folder that does not fit, before any work.
+    """
+
+    def __init__(
+        self,
+        generator: DriftingGenerator,
+        objective: DriftingObjective,
+        train_dataset: Dataset,
+        config: DriftingConfig,
+        *,
+        eval_dataset: Dataset | None = None,
+        compute_metrics: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
+    ):
+        self.config, self.objective, self.compute_metrics = config, objective, compute_metrics
+        self.run = RunFolder(config)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        if self.accelerator.num_processes > 1:
+            raise ValueError(f"this trainer runs in one process, got {self.accelerator.num_processes}; start it with plain `python`")
+        if bool(config.unconditional_per_label) != generator.config.guidance_embedding:
+            raise ValueError(
+                f"guidance is learned from unconditional samples: unconditional_per_label={config.unconditional_per_label} and a generator "
+                f"with guidance_embedding={generator.config.guidance_embedding} do not go together; set both or neither"
+            )
+        self._model_config = generator.config
+        self.train_data = self._images(generator, train_dataset)
+        self.eval_data = self.train_data if eval_dataset is None else self._images(generator, eval_dataset)
+        self.labels = label_names(train_dataset, config.label_column) if generator.config.num_classes else None
+        if config.gradient_checkpointing:
+            generator.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(
+            generator.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.generator, self.optimizer = self.accelerator.prepare(generator, optimizer)
+        # Not prepared: Accelerate would step it once per process.
+        self.schedule = LambdaLR(optimizer, lambda step: learning_rate_at(step, config) / config.learning_rate)
+        # Not diffusers' EMAModel: that one ramps its decay and needs many times 1/(1 - decay) steps.
+        self.ema = AveragedModel(self.accelerator.unwrap_model(self.generator), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        channels, shape = generator.config.in_channels, (generator.sample_height, generator.sample_width)
+        bank = lambda classes, size: SampleBank(classes, size, (channels, *shape), device=self.accelerator.device)
+        self.bank = bank(generator.config.num_classes or 1, config.bank_size)
+        self.unconditional_bank = bank(1, config.unconditional_bank_size) if config.unconditional_per_label else None
+        self.accelerator.register_for_checkpointing(*filter(None, (self.schedule, self.ema, self.bank, self.unconditional_bank)))
+        self.step = 0
+        self.log_history: list[dict[str, Any]] = []
+
+    def _images(self, generator: DriftingGenerator, dataset: Dataset) -> LabelledImages:
+        return LabelledImages(
+            dataset,
+            size=(generator.sample_height, generator.sample_width),
+            channels=generator.config.in_channels,
+            num_classes=generator.config.num_classes,
+            image_column=self.config.image_column,
+            label_column=self.config.label_column,
+        )
+
+    # -- learning
+
+    def train(self) -> dict[str, float]:
+        """Train to `config.max_steps`, from the newest checkpoint in the output folder if there is one, and return the last evaluation."""
+        self.run.claim()
+        if not self._resume():
+            self._fill_banks()
+        self._ignore_constant_features()
+        self.accelerator.print(LOSS_NOTICE)
+        batches = iter(self._batches())
+        bar = tqdm(total=self.config.max_steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True)
+        while self.step < self.config.max_steps:
+            measured = self.training_step(*next(batches))
+            bar.update()
+            self._after_step(measured, bar)
+        bar.close()
+        return self.evaluate()
+
+    def training_step(self, fresh: Tensor, fresh_labels: Tensor) -> dict[str, Any]:
+        """One step of Algorithm 1: fresh images into the banks, samples drawn and generated, the loss, one update."""
+        config, rng = self.config, self._rng(STEP, self.step)
+        self._push(fresh, fresh_labels, self._rng(PUSH, self.step))
+        labels, guidance = self._draw_labels(rng), self._draw_guidance(rng)
+        positives = self.bank.draw(labels, config.positives_per_label, generator=rng)
+        negatives, weights = self._draw_negatives(guidance, rng)
+        generated = self._generate(labels, guidance, rng)
+        loss, measured = self.objective(generated, positives, negatives, weights)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.generator.parameters(), config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient of step {self.step} is not finite (norm {float(norm)}); lower learning_rate or look for a feature that divides by zero. "
+                f"The last checkpoint in {self.output_dir} is sound"
+            )
+        learning_rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.ema.update_parameters(self.accelerator.unwrap_model(self.generator))
+        self.step += 1
+        return {"learning_rate": learning_rate, "grad_norm": norm, "loss": loss.detach(), "features": measured}
+
+    def _generate(self, labels: Tensor, guidance: Tensor, rng: torch.Generator) -> Tensor:
+        """[labels, generated_per_label, c, h, w], with gradient."""
+        each, device = self.config.generated_per_label, self.accelerator.device
+        inputs = self._inputs(labels.repeat_interleave(each), rng)
+        scale = guidance.repeat_interleave(each).to(device) if self._model_config.guidance_embedding else 1.0
+        return self.generator(**inputs, guidance_scale=scale).sample.unflatten(0, (len(labels), each))
+
+    def _inputs(self, labels: Tensor, rng: torch.Generator) -> dict[str, Tensor | None]:
+        """Noise and style labels for these class labels, on the device."""
+        model, device = self._model_config, self.accelerator.device
+        noise = torch.randn(len(labels), model.in_channels, *self.train_data.size, generator=rng)
+        styles = (
+            torch.randint(model.style_codebook_size, (len(labels), model.num_style_tokens), generator=rng)
+            if model.num_style_tokens
+            else None
+        )
+        return {
+            "noise": noise.to(device),
+            "class_labels": labels.to(device) if model.num_classes else None,
+            "style_labels": None if styles is None else styles.to(device),
+        }
+
+    def _draw_labels(self, rng: torch.Generator) -> Tensor:
+        """Distinct classes; where a step wants more than there are, whole rounds of all of them first."""
+        classes, wanted = self._model_config.num_classes or 1, self.config.labels_per_step
+        rounds = [torch.randperm(classes, generator=rng) for _ in range(-(-wanted // classes))]
+        return torch.cat(rounds)[:wanted]
+
+    def _draw_guidance(self, rng: torch.Generator) -> Tensor:
+        config = self.config
+        return draw_guidance(
+            config.labels_per_step,
+            generator=rng,
+            high=config.guidance_max if config.unconditional_per_label else 1.0,
+            power=config.guidance_power,
+            unguided_share=config.unguided_share,
+        )
+
+    def _draw_negatives(self, guidance: Tensor, rng: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+        """Unconditional negatives per label and the mass of each."""
+        each = self.config.unconditional_per_label
+        if self.unconditional_bank is None:
+            return None, None
+        negatives = self.unconditional_bank.draw(torch.zeros(len(guidance), dtype=torch.long), each, generator=rng)
+        return negatives, unconditional_weight(guidance, self.config.generated_per_label, each).to(self.accelerator.device)
+
+    # -- real images
+
+    def _batches(self) -> DataLoader:
+        """The fresh images of every step from this one on."""
+        order = ShuffledOrder(len(self.train_data), self.config.push_per_step, seed=self.config.seed, position=self.step)
+        return DataLoader(self.train_data, batch_sampler=order, num_workers=self.config.dataloader_num_workers)  # pyright: ignore[reportArgumentType]
+
+    def _fill_banks(self) -> None:
+        config = self.config
+        self._push(*self.train_data.fill(config.bank_size, seed=config.seed), self._rng(FILL, 0))
+
+    def _push(self, images: Tensor, labels: Tensor, rng: torch.Generator) -> None:
+        if self.config.random_flip:
+            mirrored = torch.rand(len(images), 1, 1, 1, generator=rng) < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
+        self.bank.push(images, labels)
+        if self.unconditional_bank is not None:
+            order = torch.randperm(len(images), generator=rng)  # a fill comes class by class: the newest would be of the last classes only
+            self.unconditional_bank.push(images[order], torch.zeros_like(labels))
+
+    def _ignore_constant_features(self) -> None:
+        images = self.bank.samples[:, : int(self.bank.count.min())].flatten(0, 1)[:256]
+        constant = self.objective.ignore_constant(images)
+        if constant:
+            self.accelerator.print(f"These features are the same for every image and are left out of the loss: {constant}")
+
+    def _rng(self, *stream: int) -> torch.Generator:
+        """Random numbers of their own for every purpose and step."""
+        seed = np.random.SeedSequence((self.config.seed, *stream)).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed) >> 1)
+
+    # -- checkpoints and logs
+
+    def _after_step(self, outcome: dict[str, Any], bar: tqdm) -> None:
+        config = self.config
+        due = lambda every: every and self.step % every == 0
+        last = self.step == config.max_steps
+        if due(config.logging_steps) or last:
+            self._log(_scalars(outcome))
+        if due(config.eval_steps) and not last:
+            found = self.evaluate()
+            bar.set_postfix_str(f"energy {found['energy']:.2f} (real {found['energy_real']:.2f})")
+        if due(config.preview_steps) or last:
+            self._preview()
+        if due(config.save_steps) or last:
+            self.run.save_checkpoint(self.step, lambda folder: self._save_state(folder))
+
+    def _log(self, entry: dict[str, float]) -> None:
+        entry = {"step": self.step, **entry}
+        self.log_history.append(entry)
+        self.run.log(entry)
+
+    def _save_state(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        (folder / "trainer_state.json").write_text(json.dumps({"step": self.step}))
+
+    def _resume(self) -> bool:
+        """Load the newest whole checkpoint of this folder, if there is one."""
+        checkpoints = self.run.checkpoints()
+        if not checkpoints:
+            return False
+        self.step, folder = max(checkpoints.items())
+        self.accelerator.load_state(str(folder))
+        self.run.forget_after(self.step)
+        self.log_history = self.run.history()
+        self.accelerator.print(f"Resuming from {folder}")
+        return True
+
+    # -- drawing
+
+    def pipeline(self, vae: Any = None) -> DriftingPipeline:
+        """The pipeline of the averaged weights; a decoder for latents can be given. It shares its weights with the trainer."""
+        return DriftingPipeline(transformer=self.ema.module, vae=vae, labels=self.labels)
+
+    def sample(self, class_labels: Any = None, **kwargs: Any) -> Any:
+        """Images of the averaged generator, as `DriftingPipeline.__call__` makes them."""
+        return self.pipeline()(class_labels, **kwargs)
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Save the pipeline of the averaged weights, into `pipeline/` of the run if no folder is given, and return the folder."""
+        folder = Path(output_dir) if output_dir else self.run.path / "pipeline"
+        self.pipeline().save_pretrained(folder)
+        return folder
+
+    @torch.no_grad()
+    def generate(self, labels: Tensor, *, rng: torch.Generator, batch_size: int = 250) -> Tensor:
+        """Samples [n, c, h, w] of the averaged generator without guidance, clipped to [-1, 1], on the CPU."""
+        inputs = self._inputs(labels, rng)
+        parts = []
+        for i in range(0, len(labels), batch_size):
+            part = {name: None if value is None else value[i : i + batch_size] for name, value in inputs.items()}
+            parts.append(self.ema.module(**part).sample.float().clamp(-1, 1).cpu())
+        return torch.cat(parts)
+
+    def evaluate(self) -> dict[str, float]:
+        """Distances of generated samples to held-out images, logged; see `compare`. Always the same noise, so that curves are smooth."""
+        each = self.config.eval_samples_per_class
+        images, labels = self.eval_data.per_class(2 * each)
+        reference, control = _halves(labels)
+        wanted = labels.unique().repeat_interleave(each)
+        generated = self.generate(wanted, rng=self._rng(EVAL, 0))
+        found = compare((generated, wanted), (images[reference], labels[reference]), (images[control], labels[control]))
+        if self.compute_metrics:
+            found |= self.compute_metrics(generated, wanted)
+        self._log(found)
+        return found
+
+    def _preview(self) -> None:
+        """A grid of up to 10 classes, one per column, always from the same noise."""
+        classes = torch.arange(min(self._model_config.num_classes or 1, 10))
+        samples = self.generate(classes.repeat(4), rng=self._rng(EVAL, 1))
+        images = VaeImageProcessor().postprocess(samples, output_type="pil")
+        folder = self.run.path / "previews"
+        folder.mkdir(exist_ok=True)
+        make_image_grid(images, rows=4, cols=len(classes)).save(folder / f"step-{self.step:06d}.png")
+
+
+def _scalars(outcome: dict[str, Any]) -> dict[str, float]:
+    """A step's outcome as flat numbers: `strength/pixels/0`, the first temperature's, and so on."""
+    found = {name: float(outcome[name]) for name in ("learning_rate", "grad_norm", "loss")}
+    for name, measured in outcome["features"].items():
+        found[f"distance/{name}"] = float(measured.distance.mean())
+        strengths = measured.strength.flatten(1).mean(1) if measured.strength.ndim > 1 else measured.strength
+        found |= {f"strength/{name}/{i}": float(value) for i, value in enumerate(strengths)}
+    return found
+
+
+def _halves(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each class's samples, the first half and the second: which are the reference and which the control."""
+    places = torch.cat([torch.arange(int(n)) for n in labels.unique_consecutive(return_counts=True)[1]])
+    sizes = torch.cat([n.expand(int(n)) for n in labels.unique_consecutive(return_counts=True)[1]])
+    return places < sizes // 2, places >= sizes // 2
