@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.activations import SwiGLU
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import (
@@ -192,6 +193,7 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+        _initialise_joint_matrices(self)
         if self.config.guidance_embedding:
             nn.init.normal_(self.guidance_embedder.linear_1.weight, std=0.02)
             nn.init.normal_(self.guidance_embedder.linear_2.weight, std=0.02)
@@ -271,6 +273,17 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         side = self.config.patch_size
         grid = tokens.unflatten(1, self.grid).unflatten(3, (side, side, -1))  # (b, rows, columns, side, side, channels)
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _initialise_joint_matrices(model: nn.Module) -> None:
+    """Xavier's fans are those of the release's matrices: q, k and v are one, the halves of SwiGLU are two."""
+    for module in model.modules():
+        if isinstance(module, DriftingAttention):
+            for linear in (module.to_q, module.to_k, module.to_v):
+                nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)  # sqrt(6 / 4d) for sqrt(6 / 2d)
+        elif isinstance(module, SwiGLU):
+            for half in module.proj.weight.data.chunk(2):
+                nn.init.xavier_uniform_(half)
 
 
 def _check_config(height: int, columns: int, patch_size: int, head_dim: int, activation: str, norm_type: str, num_classes: int) -> None:
