@@ -17,16 +17,31 @@ _HOME = {
     "DriftingPipeline": "pipeline",
     "DriftingTrainer": "trainer",
     "MultiScaleStatistics": "features",
+    "Pixels": "features",
     "SampleBank": "bank",
     "drift_loss": "losses",
 }
 
-__all__ = [*sorted(_HOME), "__version__"]
+__all__ = [
+    "Drift",
+    "DriftingConfig",
+    "DriftingField",
+    "DriftingGenerator",
+    "DriftingObjective",
+    "DriftingPipeline",
+    "DriftingTrainer",
+    "MultiScaleStatistics",
+    "Pixels",
+    "SampleBank",
+    "__version__",
+    "drift_loss",
+]
 
 if TYPE_CHECKING:
     from .bank import SampleBank as SampleBank
     from .config import DriftingConfig as DriftingConfig
     from .features import MultiScaleStatistics as MultiScaleStatistics
+    from .features import Pixels as Pixels
     from .fields import Drift as Drift
     from .fields import DriftingField as DriftingField
     from .generator import DriftingGenerator as DriftingGenerator

@@ -3,7 +3,7 @@ r"""The one-step generator x = f(noise; class, guidance scale, style): a diffusi
 The path of this module is file format: diffusers writes it into every published `model_index.json`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ModelMixin
@@ -26,6 +26,10 @@ from .shapes import Float, Int
 
 EPS = 1e-6  # of every norm in the release
 
+# diffusers annotates these more narrowly than they are.
+rotate: Any = apply_rotary_emb
+rotary_tables: Any = get_1d_rotary_pos_embed
+
 
 class DriftingAttnProcessor:
     """Scaled dot-product attention through diffusers' dispatcher, so that `set_attention_backend` works."""
@@ -41,7 +45,7 @@ class DriftingAttnProcessor:
         query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))  # (b, tokens, heads, head_dim)
         query, key = attn.norm_q(query), attn.norm_k(key)
         if rotary is not None:
-            query, key = (apply_rotary_emb(t, rotary, use_real_unbind_dim=-2, sequence_dim=1) for t in (query, key))
+            query, key = (rotate(t, rotary, use_real_unbind_dim=-2, sequence_dim=1) for t in (query, key))
         mixed = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config)
         return attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
 
@@ -49,6 +53,7 @@ class DriftingAttnProcessor:
 class DriftingAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = DriftingAttnProcessor
     _available_processors = [DriftingAttnProcessor]
+    processor: Any
 
     def __init__(self, heads: int, head_dim: int, norm: type[nn.Module] | None):
         super().__init__()
@@ -58,7 +63,7 @@ class DriftingAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])  # diffusers' layout, which LoRA tools expect
         self.norm_q = norm(head_dim, eps=EPS) if norm else nn.Identity()
         self.norm_k = norm(head_dim, eps=EPS) if norm else nn.Identity()
-        self.set_processor(self._default_processor_cls())
+        self.set_processor(cast(Any, self._default_processor_cls()))
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         return self.processor(self, hidden_states, rotary)
@@ -193,17 +198,14 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        _initialise_joint_matrices(self)
-        if self.config.guidance_embedding:
-            nn.init.normal_(self.guidance_embedder.linear_1.weight, std=0.02)
-            nn.init.normal_(self.guidance_embedder.linear_2.weight, std=0.02)
-        if self.config.num_class_tokens:
-            nn.init.normal_(self.class_token_embed, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("modulation.weight", "modulation_out.weight", "proj_out.weight")):
+                nn.init.zeros_(parameter)
+            elif name in ("guidance_embedder.linear_1.weight", "guidance_embedder.linear_2.weight", "class_token_embed"):
+                nn.init.normal_(parameter, std=0.02)
         rows, columns = (torch.arange(n, dtype=torch.float32) for n in self.grid)
         places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # (2, rows, columns), the column first as in the release
         self.pos_embed.data.copy_(get_2d_sincos_pos_embed_from_grid(self.pos_embed.shape[-1], places, output_type="pt")[None])
-        for module in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
-            nn.init.zeros_(module.weight)
 
     def forward(
         self,
@@ -262,7 +264,7 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
     def rotary(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotation, each [tokens, head_dim], in float32 whatever the model runs in."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        return get_1d_rotary_pos_embed(self.config.attention_head_dim, places, use_real=True, repeat_interleave_real=False)
+        return rotary_tables(self.config.attention_head_dim, places, use_real=True, repeat_interleave_real=False)
 
     def patchify(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t p"]:
         """Tokens in row-major order, each the (row, column, channel) values of its patch."""

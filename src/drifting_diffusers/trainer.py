@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
+from PIL.Image import Image
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -134,7 +135,7 @@ class DriftingTrainer:
         generated = self._generate(labels, guidance, rng)
         loss, measured = self.objective(generated, positives, negatives, weights)
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.generator.parameters(), config.max_grad_norm)
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.generator.parameters(), config.max_grad_norm))
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient of step {self.step} is not finite (norm {float(norm)}); lower learning_rate or look for a feature that divides by zero. "
@@ -266,7 +267,7 @@ class DriftingTrainer:
 
     def pipeline(self, vae: Any = None) -> DriftingPipeline:
         """The pipeline of the averaged weights; a decoder for latents can be given. It shares its weights with the trainer."""
-        return DriftingPipeline(transformer=self.ema.module, vae=vae, labels=self.labels)
+        return DriftingPipeline(transformer=cast(DriftingGenerator, self.ema.module), vae=vae, labels=self.labels)
 
     def sample(self, class_labels: Any = None, **kwargs: Any) -> Any:
         """Images of the averaged generator, as `DriftingPipeline.__call__` makes them."""
@@ -305,7 +306,7 @@ class DriftingTrainer:
         """A grid of up to 10 classes, one per column, always from the same noise."""
         classes = torch.arange(min(self._model_config.num_classes or 1, 10))
         samples = self.generate(classes.repeat(4), rng=self._rng(EVAL, 1))
-        images = VaeImageProcessor().postprocess(samples, output_type="pil")
+        images = cast(list[Image], VaeImageProcessor().postprocess(samples, output_type="pil"))
         folder = self.run.path / "previews"
         folder.mkdir(exist_ok=True)
         make_image_grid(images, rows=4, cols=len(classes)).save(folder / f"step-{self.step:06d}.png")
