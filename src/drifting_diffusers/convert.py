@@ -73,10 +73,9 @@ def read_artefact(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(f'the format of {folder} is {metadata.get("format")!r}, only "flax.msgpack" can be read')
     try:
         tree = msgpack.unpackb((folder / "ema_params.msgpack").read_bytes())
-        leaves = {path: _unpacked(path, leaf, msgpack) for path, leaf in _walk(tree)}
-    except (msgpack.UnpackException, msgpack.ExtraData, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / 'ema_params.msgpack'} is cut off or no msgpack: {error!r}; fetch it again") from error
-    return metadata, {path: _tensor(path, leaf) for path, leaf in leaves.items()}
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ValueError(f"{folder / 'ema_params.msgpack'} is cut off or no msgpack ({error}): fetch it again") from error
+    return metadata, {path: _tensor(path, leaf, msgpack) for path, leaf in _walk(tree)}
 
 
 def generator_from_release(folder: str | os.PathLike) -> DriftingGenerator:
@@ -202,24 +201,20 @@ def _walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def _unpacked(path: str, leaf: Any, msgpack: Any) -> Any:
+def _tensor(path: str, leaf: Any, msgpack: Any) -> Tensor:
     if not isinstance(leaf, msgpack.ExtType) or leaf.code != 1:
         raise ValueError(f"{path or 'the root'} is no array but {str(leaf)[:80]}: only arrays (extension type 1) can be read")
-    return msgpack.unpackb(leaf.data)
-
-
-def _tensor(path: str, packed: Any) -> Tensor:
     try:
-        shape, dtype, data = packed
-        shape = [int(n) for n in shape]
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} is no (shape, dtype, bytes) but {str(packed)[:80]}") from None
+        shape, dtype, data = msgpack.unpackb(leaf.data)
+        shape, data = [int(n) for n in shape], bytearray(memoryview(data))
+    except (TypeError, ValueError, msgpack.UnpackException) as error:
+        raise ValueError(f"{path} is no (shape, dtype, bytes): {error}") from error
     if dtype not in DTYPES:
         raise ValueError(f"{path} has dtype {dtype!r}; readable are {', '.join(DTYPES)}")
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if min(shape, default=1) < 0 or len(data) != size:
         raise ValueError(f"{path} {shape} of {dtype} takes {size} bytes, the file has {len(data)}: it is cut off or not what it says")
-    tensor = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(shape) if data else torch.empty(shape, dtype=DTYPES[dtype])
+    tensor = torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape) if data else torch.empty(shape, dtype=DTYPES[dtype])
     if not tensor.isfinite().all():
         raise ValueError(f"{path} holds values that are not finite")
     return tensor

@@ -140,7 +140,7 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
     @register_to_config
     def __init__(
         self,
-        sample_size: int | tuple[int, int] = 32,
+        sample_size: int | tuple[int, int] | list[int] = 32,
         patch_size: int = 2,
         in_channels: int = 4,
         out_channels: int | None = None,
@@ -198,6 +198,7 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+        _initialise_joint_matrices(self)
         for name, parameter in self.named_parameters():
             if name.endswith(("modulation.weight", "modulation_out.weight", "proj_out.weight")):
                 nn.init.zeros_(parameter)
