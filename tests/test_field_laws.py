@@ -243,7 +243,10 @@ def test_t6_golden_values_of_the_release(dtype):
 def test_t13_the_gradient_is_the_velocity_and_reaches_the_samples_alone(grouping, place):
     """d loss.mean() / d x = -2 V / (u^2 B N D); loss.mean() is the mean square of V / u."""
     x, p, q = (t.requires_grad_() for t in clouds(0, 5))
-    masses = {f"{side}_weights": torch.rand(2, n, dtype=F64).requires_grad_() for side, n in (("generated", 16), ("positive", 20), ("negative", 24))}
+    masses = {
+        f"{side}_weights": torch.rand(2, n, dtype=F64).requires_grad_()
+        for side, n in (("generated", 16), ("positive", 20), ("negative", 24))
+    }
     loss, drift = drift_loss(x, p, q, field=DriftingField(grouping=grouping, weights=place), **masses)
     loss.mean().backward()
     unit = drift.unit if drift.unit.ndim == 0 else drift.unit[:, None, None]
@@ -270,3 +273,207 @@ def test_the_loss_is_no_thermometer():
         assert 0.5 < loss.mean() <= 9
     assert near[1].strength[-1] * 5 < far[1].strength[-1]
     assert_close(drift_loss(x, p, field=DriftingField((0.2,)))[0].mean(), torch.tensor(1.0, dtype=F64))
+
+
+# --- what the field does to particles ----------------------------------------------------------------------------------------------------
+
+MODES = torch.tensor([[-2.5, 0.0], [2.5, 0.0]])
+STARTS = {"between": (0.0, 0.0, 0.3), "far": (10.0, 10.0, 0.3), "collapsed": (2.5, 0.0, 1e-3)}  # mean and standard deviation
+
+
+def flow(step, start: str, steps: int = 300, eta: float = 0.1, n: int = 128) -> Tensor:
+    """N particles, in float32, under a decreasing step among ever new data of two Gaussians with standard deviation 0.35."""
+    generator = torch.Generator().manual_seed(0)
+    *mean, deviation = STARTS[start]
+    x = torch.tensor(mean) + deviation * torch.randn(n, 2, generator=generator)
+    for i in range(steps):
+        data = MODES[torch.randint(0, 2, (n,), generator=generator)] + 0.35 * torch.randn(n, 2, generator=generator)
+        x = x + eta * (1 - i / steps) * step(x, data)
+    return x
+
+
+def library(field: DriftingField):
+    return lambda x, data: velocity(field, x, data, x)
+
+
+def kernel_space(temperature: float):
+    """Algorithm 2 as it is often written: the kernel itself, divided by its sums, which are kept from 0."""
+
+    def step(x: Tensor, data: Tensor) -> Tensor:
+        distance = torch.cat([torch.cdist(x, x) + 1e6 * torch.eye(len(x)), torch.cdist(x, data)], dim=1)
+        k = (-distance / temperature).exp()
+        a = k / (k.sum(1, keepdim=True) * k.sum(0, keepdim=True)).clamp(min=1e-12).sqrt()
+        negative, positive = a[:, : len(x)], a[:, len(x) :]
+        return positive * negative.sum(1, keepdim=True) @ data - negative * positive.sum(1, keepdim=True) @ x
+
+    return step
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_t23_three_temperatures_without_floor_recover_both_modes_from_every_start(start):
+    """Mass moves between modes by a temperature of the order of their distance, here 1 mean distance; the small ones shape each mode."""
+    x = flow(library(DriftingField((0.05, 0.2, 1.0), affinity_floor=0.0)), start)
+    distance, mode = torch.cdist(x, MODES).min(dim=1)
+    assert abs(float((mode == 0).float().mean()) - 0.5) <= 0.05  # within 10 % of its mass of 1/2
+    assert_close(distance.median(), torch.tensor(0.35 * 1.1774), rtol=0.15, atol=0)  # median of a Rayleigh law
+
+
+def test_t23_small_temperature_in_kernel_space_never_hears_of_far_data():
+    far = flow(kernel_space(0.1), "far", steps=100, eta=1.0)
+    assert (torch.cdist(far, MODES).min(dim=1).values > 10).all()
+    collapsed = flow(kernel_space(0.1), "collapsed", steps=100, eta=1.0)
+    assert (torch.cdist(collapsed, MODES).argmin(dim=1) == 1).all()
+
+
+def test_t23_log_space_keeps_the_direction_that_kernel_space_loses():
+    """Half the exponent of the kernel survives under the root: at a distance of 14 and temperature 0.1 that is e^-70 against e^-140 = 0."""
+    generator = torch.Generator().manual_seed(0)
+    x, data = 0.3 * torch.randn(64, 2, generator=generator) + 10, 0.3 * torch.randn(64, 2, generator=generator)
+    assert not kernel_space(0.1)(x, data).any()
+    pull = velocity(algorithm_2(0.1), x, data, x)
+    assert (torch.cosine_similarity(1e30 * pull, -x) > 0.9).float().mean() > 0.9
+
+
+def test_t23_the_floor_pulls_from_afar_where_one_small_temperature_does_not():
+    """... to the mean of the data, and no further: without larger temperatures particles then freeze between the modes."""
+    reached = {floor: flow(library(DriftingField((0.05,), affinity_floor=floor)), "far", n=64) for floor in (0.0, 1e-3)}
+    assert reached[0.0].mean(dim=0).norm() > 13.5
+    assert reached[1e-3].mean(dim=0).norm() < 3
+    assert torch.cdist(reached[1e-3], MODES).min(dim=1).values.median() > 1.5
+
+
+def test_t24_only_the_antisymmetric_field_rests_at_the_data():
+    """a V+ - b V- of equation (11), composed from couplings: V+ alone collapses, 2 V+ - V- is too narrow, V+ - 2 V- too wide."""
+
+    def mean_shifts(a: float, b: float):
+        def step(x: Tensor, data: Tensor) -> Tensor:
+            attraction = row_softmax(Laplace().log_value(pairwise_distance(x, data), 1.0)) @ data - x
+            others = pairwise_distance(x, x) + 1e6 * torch.eye(len(x), dtype=x.dtype)
+            return a * attraction - b * (row_softmax(Laplace().log_value(others, 1.0)) @ x - x)
+
+        return step
+
+    def spread(a: float, b: float) -> float:
+        generator = torch.Generator().manual_seed(0)
+        x, step = torch.randn(128, 2, generator=generator, dtype=F64), mean_shifts(a, b)
+        for _ in range(60):
+            x = x + 0.2 * step(x, torch.randn(128, 2, generator=generator, dtype=F64))
+        return float(x.var(dim=0).mean())
+
+    collapsed, narrow, right, wide = spread(1, 0), spread(2, 1), spread(1, 1), spread(1, 2)
+    assert collapsed < 0.1
+    assert collapsed < narrow < 0.8
+    assert abs(right - 1) < 0.25
+    assert wide > 2
+
+
+# --- precision and the batch -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [1, 2, 64, 4096, 65536])
+def test_t25_bfloat16_inputs_are_computed_in_float32(d):
+    generator = torch.Generator().manual_seed(0)
+    x, p, q = (torch.randn(2, n, d, generator=generator).bfloat16() for n in (8, 8, 4))
+    masses = torch.full((2, 4), 0.5, dtype=torch.bfloat16)
+    field = DriftingField((0.02,))
+    loss, drift = drift_loss(x.requires_grad_(), p, q, negative_weights=masses, field=field)
+    loss.mean().backward()
+    exact, _ = drift_loss(x.detach().double(), p.double(), q.double(), negative_weights=masses.double(), field=field)
+    assert (loss.dtype, drift.velocity.dtype, drift.strength.dtype) == (torch.float32,) * 3
+    assert x.grad.dtype == torch.bfloat16
+    assert torch.isfinite(drift.velocity).all()
+    assert torch.isfinite(x.grad).all()
+    assert_close(loss.double(), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("start", ["collapsed", "on the data", "far"])
+@pytest.mark.parametrize("d", [1, 3, 1024])
+def test_t25_degenerate_batches_are_finite_at_the_smallest_temperature(start, d):
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(2, 8, d, generator=generator)
+    x = {"collapsed": torch.zeros(2, 8, d), "on the data": p.clone(), "far": p + 1e4}[start]
+    for dtype in (torch.float32, torch.bfloat16):
+        loss, drift = drift_loss(x.to(dtype).requires_grad_(), p.to(dtype), field=DriftingField((0.02,)))
+        loss.mean().backward()
+        assert torch.isfinite(drift.velocity).all()
+        assert 0 <= loss.mean() <= 1 + 1e-5
+
+
+class Tape:
+    """A mean that remembers, then plays back: what a trainer needs to go through the problems of a step in pieces."""
+
+    def __init__(self):
+        self.values, self.playing = [], False
+
+    def __call__(self, totals: Tensor, weights: Tensor) -> Tensor:
+        if self.playing:
+            return next(self.playback)
+        self.values.append(batch_mean(totals, weights))
+        return self.values[-1]
+
+    def rewind(self) -> "Tape":
+        self.playing, self.playback = True, iter(self.values)
+        return self
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_t25_problems_in_pieces_with_the_same_means_are_problems_at_once(dtype):
+    x, p, q = (t.to(dtype) for t in clouds(0, 6, b=5))
+    tape = Tape()
+    whole = DriftingField()(x, positives=p, negatives=q, mean=tape)
+    assert len(tape.values) == 4  # the distance and three strengths
+    for size in (1, 2, 3):
+        pieces = [
+            DriftingField()(a, positives=b, negatives=c, mean=tape.rewind()).velocity
+            for a, b, c in zip(x.split(size), p.split(size), q.split(size), strict=True)
+        ]
+        assert_close_in_norm(torch.cat(pieces), whole.velocity, 1e-6 if dtype == torch.float32 else 1e-13)
+
+
+class AllReduce:
+    """`torch.distributed.all_reduce` between threads: every rank gets the mean over the problems of all."""
+
+    def __init__(self, ranks: int):
+        self.totals, self.weights, self.barrier = [torch.zeros(())] * ranks, [torch.zeros(())] * ranks, threading.Barrier(ranks, timeout=60)
+
+    def mean(self, rank: int):
+        def reduce(totals: Tensor, weights: Tensor) -> Tensor:
+            self.totals[rank], self.weights[rank] = totals.sum(), weights.sum()
+            self.barrier.wait()
+            value = sum(self.totals) / sum(self.weights)
+            self.barrier.wait()
+            return value
+
+        return reduce
+
+
+def sharded_gradient(ranks: int, clouds_: list[Tensor], all_reduce: bool) -> Tensor:
+    shards = [[t.tensor_split(ranks)[r] for t in clouds_] for r in range(ranks)]
+    group, gradients = AllReduce(ranks), [torch.zeros(())] * ranks
+
+    def work(rank: int) -> None:
+        x, p, q = shards[rank]
+        x = x.clone().requires_grad_()
+        loss, _ = drift_loss(x, p, q, mean=group.mean(rank) if all_reduce else batch_mean)
+        (loss.sum() / len(clouds_[0])).backward()
+        gradients[rank] = x.grad
+
+    threads = [threading.Thread(target=work, args=(r,)) for r in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return torch.cat(gradients)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_t25_shards_with_a_mean_over_all_ranks_have_the_gradient_of_the_whole_batch(ranks):
+    """And with their own means they have not: the loss couples all problems of a step."""
+    x, p, q = clouds(0, 6, b=7)
+    spread = torch.logspace(-0.5, 0.5, 7, dtype=F64)[:, None, None]
+    x, p, q = x * spread, p * spread, q * spread
+    whole = x.clone().requires_grad_()
+    drift_loss(whole, p, q)[0].mean().backward()
+    assert_close_in_norm(sharded_gradient(ranks, [x, p, q], all_reduce=True), whole.grad, 1e-12)
+    apart = sharded_gradient(ranks, [x, p, q], all_reduce=False)
+    assert torch.cosine_similarity(apart.flatten(), whole.grad.flatten(), dim=0) < 0.99
