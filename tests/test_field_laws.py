@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from drifting_diffusers.couplings import COUPLINGS, row_softmax, two_sided_softmax
-from drifting_diffusers.fields import Drift, DriftingField, Field, batch_mean
+from drifting_diffusers.fields import DriftingField, Field, batch_mean
 from drifting_diffusers.kernels import Gaussian, Laplace, pairwise_distance
 from drifting_diffusers.losses import drift_loss
 
@@ -241,7 +241,7 @@ def test_t6_golden_values_of_the_release(dtype):
 @pytest.mark.parametrize("grouping", ["batch", "problem"])
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_t13_the_gradient_is_the_velocity_and_reaches_the_samples_alone(grouping, place):
-    """d loss.mean() / d x = -2 V / (u^2 B N D); loss.mean() is the mean square of V / u."""
+    """The derivative of loss.mean() by x is -2 V / (u^2 B N D); loss.mean() is the mean square of V / u."""
     x, p, q = (t.requires_grad_() for t in clouds(0, 5))
     masses = {
         f"{side}_weights": torch.rand(2, n, dtype=F64).requires_grad_()
@@ -343,7 +343,7 @@ def test_t23_the_floor_pulls_from_afar_where_one_small_temperature_does_not():
 
 
 def test_t24_only_the_antisymmetric_field_rests_at_the_data():
-    """a V+ - b V- of equation (11), composed from couplings: V+ alone collapses, 2 V+ - V- is too narrow, V+ - 2 V- too wide."""
+    """Fields a V+ - b V- of equation (11), composed from couplings: V+ alone collapses, 2 V+ - V- is too narrow, V+ - 2 V- too wide."""
 
     def mean_shifts(a: float, b: float):
         def step(x: Tensor, data: Tensor) -> Tensor:
