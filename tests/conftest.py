@@ -13,7 +13,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jaxtyping  # first, so that drifting_diffusers.shapes takes its types
 import pytest
 
-jaxtyping.install_import_hook("drifting_diffusers", "beartype.beartype")
+jaxtyping.install_import_hook("drifting_diffusers", "shape_checks.typechecker")
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,3 +40,11 @@ def rng():
     import torch
 
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def as_users_see_it():
+    """Switches the shape checks off, so that a test of bad input meets the error that a user meets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
