@@ -1,0 +1,79 @@
+"""The config: one table, checked, readable from a command line, written beside the run."""
+
+import dataclasses
+import json
+
+import pytest
+from transformers import HfArgumentParser
+
+from drifting_diffusers import DriftingConfig
+from drifting_diffusers.config import CHANGEABLE, RULES, learning_rate_at
+
+
+def test_recorded_learning_rates(shared):
+    for case in json.loads((shared / "fixtures/misc/lr_schedule.json").read_text()):
+        config = DriftingConfig(
+            "unused",
+            learning_rate=case["learning_rate"],
+            warmup_steps=case["warmup_steps"],
+            max_steps=case["total_steps"],
+            lr_scheduler_type="cosine" if case["lr_schedule"] == "cosine" else "constant",
+        )
+        for step, expected in zip(case["steps"], case["lr"], strict=True):
+            assert learning_rate_at(step, config) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_defaults_are_the_ablation_recipe():
+    """Those of arXiv 2602.04770, Table 8, and the release's queues."""
+    config = DriftingConfig("unused")
+    assert (config.labels_per_step, config.generated_per_label, config.positives_per_label, config.unconditional_per_label) == (
+        64,
+        64,
+        64,
+        16,
+    )
+    assert (config.learning_rate, config.warmup_steps, config.max_steps, config.max_grad_norm) == (2e-4, 5_000, 30_000, 2.0)
+    assert (config.adam_beta1, config.adam_beta2, config.weight_decay, config.ema_decay) == (0.9, 0.95, 0.01, 0.999)
+    assert (config.bank_size, config.unconditional_bank_size, config.push_per_step, config.guidance_power) == (128, 1000, 64, 3.0)
+
+
+def test_command_line():
+    (config,) = HfArgumentParser(DriftingConfig).parse_args_into_dataclasses(
+        ["--output_dir", "x", "--lr_scheduler_type", "cosine", "--max_steps", "7"]
+    )
+    assert (config.output_dir, config.lr_scheduler_type, config.max_steps) == ("x", "cosine", 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_steps", 0),
+        ("generated_per_label", 1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("ema_decay", 1.0),
+        ("unguided_share", 1.5),
+        ("guidance_max", 0.5),
+        ("lr_scheduler_type", "linear"),
+        ("mixed_precision", "fp8"),
+    ],
+)
+@pytest.mark.usefixtures("as_users_see_it")
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must .*got {value!r}"):
+        DriftingConfig("unused", **{name: value})
+
+
+def test_every_number_has_a_rule_and_every_rule_a_field():
+    names = {f.name for f in dataclasses.fields(DriftingConfig)}
+    free = {"output_dir", "guidance_power", "random_flip", "gradient_checkpointing", "image_column", "label_column"}
+    assert set(RULES) == names - free
+    assert set(CHANGEABLE) <= names
+
+
+def test_round_trip_and_differences(tmp_path):
+    config = DriftingConfig(str(tmp_path), max_steps=5)
+    (tmp_path / "training_config.json").write_text(config.to_json())
+    assert DriftingConfig.from_folder(tmp_path) == config
+    other = dataclasses.replace(config, max_steps=6, logging_steps=3, output_dir="elsewhere")
+    assert config.differences(other) == {"max_steps": (5, 6)}
