@@ -33,6 +33,7 @@ def to_published(index: Mapping[str, Any]) -> dict[str, Any]:
     `labels` becomes an object {"0": name}: of a list, diffusers' `download` takes the first entry for a component's library.
     """
     published = {key: GENERATOR_ON_DISK if value == GENERATOR else value for key, value in index.items()}
+    published.pop("_name_or_path", None)  # where this copy came from is nobody's business
     if index["_class_name"] == PIPELINE:
         published["_class_name"] = PIPELINE_ON_DISK
     if isinstance(index.get("labels"), list):

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -21,6 +21,7 @@ from . import hub
 from .generator import DriftingGenerator
 from .shapes import Float, Int
 
+Label = SupportsIndex | str
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -58,7 +59,7 @@ class DriftingPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        class_labels: Label | Sequence[Label] | Tensor | None = None,
         guidance_scale: int | float | Sequence[int | float] | Tensor | None = None,
         num_images_per_label: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -108,7 +109,7 @@ class DriftingPipeline(DiffusionPipeline):
         """The name of every class by its id; empty if the classes have no names."""
         return list(self.config.labels)
 
-    def get_label_ids(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int] | None:
+    def get_label_ids(self, class_labels: Label | Sequence[Label] | Tensor | None) -> list[int] | None:
         """Ids of labels given by id or name; None for an unconditional generator.
 
         Raises:
@@ -122,9 +123,8 @@ class DriftingPipeline(DiffusionPipeline):
             return None
         if class_labels is None:
             raise ValueError(f"class_labels are needed: ids from 0 to {classes - 1}{' or names' if self.labels else ''}")
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.tolist()
-        wanted = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        given: Any = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels  # of torch or numpy
+        wanted = [given] if isinstance(given, Label) else list(given)
         if not wanted:
             raise ValueError("class_labels are empty: give at least one label")
         find = _finder(self.labels) if any(isinstance(label, str) for label in wanted) else None
