@@ -54,7 +54,7 @@ def drift_loss(
         mean=mean,
     )
     if not torch.isfinite(drift.distance).all():  # one number that every sample and weight has entered: a cheap test of all of them
-        raise ValueError(_blame(generated=generated, positives=positives, negatives=negatives, **weights))
+        raise ValueError(_blame(drift.distance, {"generated": generated, "positives": positives, "negatives": negatives}, weights))
     # x - sg(x) is exactly 0 and carries the gradient; x - sg(x + V) would cancel digits of V when x lies far from the origin.
     moved = generated - x
     unit = drift.unit if drift.unit.ndim == 0 else drift.unit[:, None, None]
@@ -107,14 +107,16 @@ def _check_masses(name: str, w: Tensor, points: Tensor | None) -> None:
         raise ValueError(f"{name} must be at least 0, got {w.min().item():g}; to push from a sample make it a negative instead")
 
 
-def _blame(generated: Tensor, positives: Tensor, negatives: Tensor | None, **weights: Tensor | None) -> str:
+def _blame(distance: Tensor, samples: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> str:
     """Why the mean distance is not finite."""
-    for name, values in {"generated": generated, "positives": positives, "negatives": negatives, **weights}.items():
+    for name, values in (samples | weights).items():
         if values is not None and not torch.isfinite(values).all():
             bad = int((~torch.isfinite(values)).sum())
             return f"{name} holds {bad} NaN or infinite values of {values.numel()}; all must be finite. Look for a feature that divides by zero or a diverged generator"
-    given = [w for w in weights.values() if w is not None]
-    if given and not any(bool(w.any()) for w in given):
-        return "all masses are 0, so there is no mean distance; give at least one sample a mass above 0"
-    largest = max(float(t.abs().max()) for t in (generated, positives) if t.numel())
+    given = [(points, w) for points, w in zip(samples.values(), weights.values(), strict=True) if points is not None]
+    masses = torch.cat([torch.ones_like(points[..., 0]) if w is None else w for points, w in given], dim=1)
+    empty = (masses == 0).all(dim=1)
+    if empty.all() or (distance.ndim and empty.any()):  # one mean for all problems, or one for each
+        return f"all masses are 0 in problems {empty.nonzero().flatten().tolist()}, so there is no mean distance; give at least one sample a mass above 0"
+    largest = max(float(points.abs().max()) for points, _ in given if points.numel())
     return f"squared distances overflow float32: the largest value is {largest:g}, at most about 1e18 is possible; scale the features down"
