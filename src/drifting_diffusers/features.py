@@ -1,12 +1,13 @@
 """What samples are compared in: a feature map turns images into named sets of vectors, one per location."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from .shapes import Float
 
 
+@runtime_checkable
 class FeatureMap(Protocol):
     """Images [n, c, h, w] in [-1, 1] to `{name: [n, l, d]}`: l locations of d channels. Differentiable in the images; nothing in it is trained here."""
 

@@ -1,0 +1,88 @@
+"""The objective: features of all labels and locations, one drift loss each, summed."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from drifting_diffusers import DriftingField, DriftingObjective, Pixels, drift_loss
+from drifting_diffusers.fields import batch_mean
+
+
+def images(labels, n, seed):
+    return torch.randn(labels, n, 1, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+class Rows(nn.Module):
+    """Four locations of four channels."""
+
+    def forward(self, x):
+        return {"rows": x.flatten(1, 2)}
+
+
+def test_pixels_alone_are_the_drift_loss_of_the_flattened_images():
+    x, y = images(3, 4, 0).requires_grad_(), images(3, 5, 1)
+    loss, measured = DriftingObjective(Pixels())(x, y)
+    expected, drift = drift_loss(x.flatten(2), y.flatten(2))
+    assert_close(loss, expected.mean())
+    assert_close(measured["pixels"].strength, drift.strength)
+    assert_close(measured["pixels"].distance, drift.distance)
+
+
+def test_every_location_is_a_problem_and_features_are_summed():
+    x, y = images(2, 4, 0), images(2, 5, 1)
+    by_hand, _ = drift_loss(x[:, :, 0].transpose(1, 2).flatten(0, 1), y[:, :, 0].transpose(1, 2).flatten(0, 1))
+    loss, _ = DriftingObjective([Rows(), Pixels()])(x, y)
+    assert_close(loss, by_hand.mean() + DriftingObjective(Pixels())(x, y)[0])
+
+
+def test_negatives_carry_the_weight_of_their_label():
+    x, y, n = images(2, 4, 0), images(2, 5, 1), images(2, 3, 2)
+    masses = torch.tensor([0.0, 2.0])
+    loss, _ = DriftingObjective(Rows())(x, y, n, masses)
+    split = lambda t: t[:, :, 0].transpose(1, 2).flatten(0, 1)
+    expected, _ = drift_loss(split(x), split(y), split(n), negative_weights=masses.repeat_interleave(4)[:, None].expand(8, 3))
+    assert_close(loss, expected.mean())
+
+
+def test_gradient_reaches_the_generated_images_alone():
+    x, y, n = images(2, 4, 0).requires_grad_(), images(2, 5, 1).requires_grad_(), images(2, 3, 2).requires_grad_()
+    DriftingObjective([Rows(), Pixels()])(x, y, n, torch.ones(2))[0].backward()
+    assert x.grad.abs().sum() > 0
+    assert y.grad is None
+    assert n.grad is None
+
+
+def test_half_precision_images_are_compared_in_float32():
+    x, y = images(2, 4, 0), images(2, 5, 1)
+    loss, measured = DriftingObjective(Pixels())(x.bfloat16(), y.bfloat16())
+    assert loss.dtype == measured["pixels"].strength.dtype == torch.float32
+    assert_close(loss, DriftingObjective(Pixels())(x.bfloat16().float(), y.bfloat16().float())[0])
+
+
+def test_field_and_mean_are_passed_on():
+    x, y = images(2, 4, 0), images(2, 5, 1)
+    calls = []
+    mean = lambda totals, weights: (calls.append(1), batch_mean(totals, weights))[1]
+    objective = DriftingObjective(Pixels(), DriftingField(temperatures=(0.1, 0.3)))
+    _, measured = objective(x, y, mean=mean)
+    assert measured["pixels"].strength.shape == (2,)
+    assert len(calls) == 3  # the mean distance and a strength per temperature
+
+
+def test_constant_features_are_found_and_left_out():
+    feature_map = lambda x: {
+        "constant": torch.full((len(x), 1, 2), 0.3),
+        "rounding": 5 + 1e-7 * x.flatten(1)[:, None, :3],
+        "pixels": x.flatten(1)[:, None],
+    }
+    objective = DriftingObjective(feature_map)
+    assert objective.ignore_constant(images(1, 8, 0)[0]) == ["constant", "rounding"]
+    assert list(objective(images(1, 4, 0), images(1, 4, 1))[1]) == ["pixels"]
+
+
+def test_bad_feature_maps_are_refused():
+    with pytest.raises(ValueError, match="at least one feature map"):
+        DriftingObjective([])
+    with pytest.raises(ValueError, match=r"two feature maps give \['pixels'\]"):
+        DriftingObjective([Pixels(), Pixels()])(images(1, 4, 0), images(1, 4, 1))
