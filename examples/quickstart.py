@@ -1,0 +1,209 @@
+"""Watch a Drifting Model learn real pictures: Fashion-MNIST, ten classes, two cores, a few minutes.
+
+Leaves in outputs/quickstart:
+
+    samples.png    generated images beside real ones, class by class
+    curves.png     what to watch while it trains: energy distance and strengths, not the loss
+    results.json   each number beside the same number for real images
+    pipeline/      the model: DriftingPipeline.from_pretrained("outputs/quickstart/pipeline")
+
+Run it again and it goes on where it stopped. `--help` lists what can be changed.
+"""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import matplotlib.pyplot as plt
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingTrainer, MultiScaleStatistics, Pixels
+from drifting_diffusers.data import LabelledImages
+from drifting_diffusers.evaluation import accuracy, train_classifier
+
+DATA = Path(__file__).parent / "data/fashion_mnist"
+
+
+@dataclass
+class Arguments:
+    output_dir: str = field(default="outputs/quickstart", metadata={"help": "where everything is written"})
+    max_steps: int = field(default=1500, metadata={"help": "training steps; quality still grows beyond the default"})
+    seed: int = field(default=0, metadata={"help": "decides the initial weights and every draw"})
+
+
+def main(argv: list[str] | None = None) -> dict:
+    (arguments,) = HfArgumentParser(Arguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(argv)
+    datasets.disable_progress_bars()
+    torch.manual_seed(arguments.seed)
+    train, test = (Dataset.from_parquet(str(DATA / f"{split}.parquet"), cache_dir=None) for split in ("train", "test"))
+
+    print("1/3  A classifier learns the real images; it will judge the generated ones.")
+    judge, real_accuracy = train_judge(train, test, arguments.seed)
+    print(f"     It is right on {real_accuracy:.1%} of held-out real images.")
+
+    print("2/3  The generator learns.")
+    start = time.monotonic()
+    trainer = make_trainer(arguments, train, test, judge)
+    found = trainer.train()
+    seconds = time.monotonic() - start
+
+    print("3/3  Pictures and numbers.")
+    folder = trainer.save_model()
+    results = write_results(trainer, found, real_accuracy, seconds, arguments)
+    draw_samples(trainer, test)
+    draw_curves(trainer)
+    report(results, trainer.run.path, folder)
+    return results
+
+
+def train_judge(train: Dataset, test: Dataset, seed: int) -> tuple[torch.nn.Module, float]:
+    """A small classifier of the real images and its accuracy on held-out ones."""
+    view = partial(LabelledImages, size=(28, 28), channels=1, num_classes=10, image_column="image", label_column="label")
+    images, labels = view(train).per_class(len(train))
+    epochs, batch_size = 8, 128
+    with tqdm(total=epochs * (len(images) // batch_size), desc="classifier", unit="step", dynamic_ncols=True) as bar:
+        rng = torch.Generator().manual_seed(seed)
+        judge = train_classifier(images, labels, generator=rng, epochs=epochs, batch_size=batch_size, on_step=bar.update)
+    return judge, accuracy(judge, *view(test).per_class(len(test)))
+
+
+def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, judge: torch.nn.Module) -> DriftingTrainer:
+    generator = DriftingGenerator(
+        sample_size=28,
+        patch_size=7,  # 16 tokens: on a CPU more steps are worth more than finer patches
+        in_channels=1,
+        num_classes=10,
+        num_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_class_tokens=4,
+        num_style_tokens=8,
+        style_codebook_size=32,
+        guidance_embedding=False,
+    )
+    config = DriftingConfig(
+        output_dir=arguments.output_dir,
+        max_steps=arguments.max_steps,
+        seed=arguments.seed,
+        labels_per_step=5,
+        generated_per_label=16,
+        positives_per_label=64,
+        unconditional_per_label=0,
+        bank_size=800,  # all of the training images
+        push_per_step=16,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=30,
+        ema_decay=0.98,
+        eval_steps=max(1, arguments.max_steps // 8),
+        preview_steps=max(1, arguments.max_steps // 8),
+        save_steps=max(1, arguments.max_steps // 4),
+    )
+    return DriftingTrainer(
+        generator,
+        DriftingObjective([Pixels(), MultiScaleStatistics()]),
+        train,
+        config,
+        eval_dataset=test,
+        compute_metrics=lambda images, labels: {"accuracy": accuracy(judge, images, labels)},
+    )
+
+
+def write_results(trainer: DriftingTrainer, found: dict[str, float], real_accuracy: float, seconds: float, arguments: Arguments) -> dict:
+    """Every number, what it is for real images, and how it was made."""
+    each = trainer.config.eval_samples_per_class
+    results = {
+        "metrics": {
+            "accuracy": {
+                "generated": found["accuracy"],
+                "real": real_accuracy,
+                "what": "share that a classifier of real images gives its label",
+            },
+            "energy": {
+                "generated": found["energy"],
+                "real": found["energy_real"],
+                "what": "energy distance to held-out images in pixels, per class",
+            },
+            "spread": {"generated": found["spread"], "real": found["spread_real"], "what": "mean pixel distance within a class"},
+        },
+        "samples_per_class": each,
+        "held_out_per_class": each,
+        "training_seconds": round(seconds, 1),
+        "steps": trainer.step,
+        "seeds": [arguments.seed],
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {name: version(name) for name in ("drifting-diffusers", "torch", "diffusers", "accelerate")}
+        | {"python": platform.python_version()},
+        "device": str(trainer.accelerator.device),
+    }
+    (trainer.run.path / "results.json").write_text(json.dumps(results, indent=2))
+    return results
+
+
+def draw_samples(trainer: DriftingTrainer, test: Dataset, columns: int = 10, real_columns: int = 4) -> None:
+    """One row per class: generated images on the left, real ones on the right."""
+    names = trainer.labels or []
+    drawn = trainer.sample(names, num_images_per_label=columns, generator=torch.Generator().manual_seed(1), output_type="np").images
+    real = trainer.eval_data.per_class(real_columns)[0].permute(0, 2, 3, 1).numpy() / 2 + 0.5
+    figure, panels = plt.subplots(
+        len(names), columns + real_columns + 1, figsize=(9, 6), gridspec_kw={"width_ratios": [1] * columns + [0.25] + [1] * real_columns}
+    )
+    figure.subplots_adjust(left=0.11, right=0.995, bottom=0.005, top=0.955, wspace=0.04, hspace=0.04)
+    for panel in panels.flat:
+        panel.axis("off")
+    for row, name in enumerate(names):
+        for column in range(columns):
+            panels[row, column].imshow(drawn[row * columns + column], cmap="gray", vmin=0, vmax=1)
+        for column in range(real_columns):
+            panels[row, columns + 1 + column].imshow(real[row * real_columns + column], cmap="gray", vmin=0, vmax=1)
+        panels[row, 0].text(-4, 14, name, ha="right", va="center", fontsize=9)
+    figure.text(0.11, 0.975, "generated, one network call each", fontsize=9, color="0.3")
+    figure.text(panels[0, columns + 1].get_position().x0, 0.975, "real", fontsize=9, color="0.3")
+    figure.savefig(trainer.run.path / "samples.png", dpi=150)
+    plt.close(figure)
+
+
+def draw_curves(trainer: DriftingTrainer) -> None:
+    """Energy distance and accuracy of the evaluations, and the strength of every feature; the loss is flat by construction."""
+    evaluations = [entry for entry in trainer.log_history if "energy" in entry]
+    steps = [entry["step"] for entry in evaluations]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    left.plot(steps, [e["energy"] for e in evaluations], "o-", color="#d1495b", label="generated")
+    left.axhline(evaluations[-1]["energy_real"], color="0.5", linestyle="--", label="real images")
+    left.set(title="Energy distance to held-out images", xlabel="step", yscale="log")
+    left.legend(frameon=False)
+
+    logged = [entry for entry in trainer.log_history if "loss" in entry]
+    temperatures = trainer.objective.field.temperatures
+    for name in sorted(key for key in logged[-1] if key.startswith("strength/") and key.endswith(f"/{len(temperatures) - 1}")):
+        right.plot([e["step"] for e in logged], [e[name] for e in logged], linewidth=1, label=name.split("/")[1])
+    right.set(title=f"Strength of the field at temperature {temperatures[-1]}", xlabel="step", yscale="log")
+    right.legend(frameon=False, fontsize=8)
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(trainer.run.path / "curves.png", dpi=150)
+    plt.close(figure)
+
+
+def report(results: dict, output_dir: Path, pipeline: Path) -> None:
+    print(f"\n{'':10}{'generated':>10}{'real':>8}")
+    for name, entry in results["metrics"].items():
+        print(f"{name:10}{entry['generated']:10.3f}{entry['real']:8.3f}   {entry['what']}")
+    print(f"\nLook at {output_dir / 'samples.png'} and {output_dir / 'curves.png'}. Draw more with:\n")
+    print("    from drifting_diffusers import DriftingPipeline")
+    print(f'    pipe = DriftingPipeline.from_pretrained("{pipeline}")')
+    print('    pipe(["sneaker", "bag"]).images[0].show()')
+
+
+if __name__ == "__main__":
+    main()
