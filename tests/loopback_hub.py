@@ -1,0 +1,193 @@
+"""A Hub on 127.0.0.1, as much of one as pushing to it and loading from it needs.
+
+Repositories are dictionaries of commits, commits are dictionaries of files. Every file is uploaded whole ("regular"), so neither LFS nor xet is asked for.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_test"
+
+
+@dataclass
+class Repository:
+    private: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
+        sha = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode(), usedforsecurity=False).hexdigest()
+        self.commits[sha], self.refs[branch] = files, sha
+        return sha
+
+    def sha(self, revision: str) -> str | None:
+        return revision if revision in self.commits else self.refs.get(revision)
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        return self.commits[self.refs.get(revision, revision)]
+
+
+class LoopbackHub:
+    """With `with`: `url` is the endpoint, `repositories` what was pushed, `requests` what was asked for."""
+
+    def __init__(self):
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "LoopbackHub":
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: LoopbackHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        """Silence."""
+
+    def do_GET(self) -> None:
+        self.route("GET")
+
+    def do_HEAD(self) -> None:
+        self.route("HEAD")
+
+    def do_POST(self) -> None:
+        self.route("POST")
+
+    def route(self, method: str) -> None:
+        path, body = unquote(urlsplit(self.path).path), self.body()
+        self.hub.requests.append((method, path))
+        parts = path.strip("/").split("/")
+        if path == "/api/whoami-v2":
+            self.reply({"name": "tester", "type": "user", "orgs": []} if self.trusted else None, status=200 if self.trusted else 401)
+        elif path == "/api/validate-yaml":
+            self.reply({"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif path.startswith("/api/models/"):
+            self.api("/".join(parts[2:4]), parts[4:], body)
+        elif "resolve" in parts:
+            at = parts.index("resolve")
+            self.resolve("/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :]))
+        else:
+            self.reply({"error": f"no such endpoint: {method} {path}"}, status=404)
+
+    @property
+    def trusted(self) -> bool:
+        return self.headers.get("authorization") == f"Bearer {TOKEN}"
+
+    def body(self) -> bytes:
+        if self.headers.get("transfer-encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("content-length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def reply(self, content: object = None, *, status: int = 200, raw: bytes | None = None, **headers: str) -> None:
+        data = raw if raw is not None else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(data))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.reply({"error": code}, status=status, X_Error_Code=code, X_Error_Message=code)
+
+    def repository(self, name: str) -> Repository | None:
+        """As on the Hub, a private repository does not exist for strangers."""
+        repository = self.hub.repositories.get(name)
+        if repository is None or (repository.private and not self.trusted):
+            self.refuse(404 if self.trusted else 401, "RepoNotFound")
+            return None
+        return repository
+
+    def create(self, wanted: dict) -> None:
+        if not self.trusted:
+            return self.refuse(401, "Unauthorized")
+        name = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
+        known = name in self.hub.repositories
+        if not known:
+            self.hub.repositories[name] = Repository(private=bool(wanted.get("private") or wanted.get("visibility") == "private"))
+            self.hub.repositories[name].commit({".gitattributes": b""})
+        return self.reply({"url": f"{self.hub.url}/{name}", "name": name, "id": name}, status=409 if known else 200)
+
+    def api(self, name: str, rest: list[str], body: bytes) -> None:
+        repository = self.repository(name)
+        if repository is None:
+            return None
+        verb, revision = (rest + ["revision", "main"][len(rest) :])[:2]
+        if verb == "branch":
+            start = json.loads(body or b"{}").get("startingPoint", "main")
+            repository.refs[revision] = repository.sha(start) or start
+            return self.reply({})
+        sha = repository.sha(revision)
+        if sha is None:
+            return self.refuse(404, "RevisionNotFound")
+        files = repository.commits[sha]
+        if verb == "preupload":
+            asked = json.loads(body)["files"]
+            return self.reply({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]})
+        if verb == "commit":
+            return self.commit(repository, name, revision, files, body)
+        if verb == "tree":
+            return self.reply([entry(path, data) for path, data in sorted(files.items())])
+        return self.reply(
+            {"id": name, "sha": sha, "private": repository.private, "siblings": [{"rfilename": path} for path in sorted(files)]}
+        )
+
+    def commit(self, repository: Repository, name: str, branch: str, files: dict[str, bytes], body: bytes) -> None:
+        if not self.trusted:
+            return self.refuse(401, "Unauthorized")
+        files = dict(files)
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                files.pop(value["path"])
+            elif line["key"] != "header":
+                return self.refuse(400, f"Unknown:{line['key']}")
+        sha = repository.commit(files, branch)
+        return self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "hookOutput": ""})
+
+    def resolve(self, name: str, revision: str, path: str) -> None:
+        repository = self.repository(name)
+        if repository is None:
+            return None
+        sha = repository.sha(revision)
+        if sha is None:
+            return self.refuse(404, "RevisionNotFound")
+        data = repository.commits[sha].get(path)
+        if data is None:
+            return self.reply({}, status=404, X_Error_Code="EntryNotFound", X_Error_Message=path, X_Repo_Commit=sha)
+        return self.reply(
+            raw=data, ETag=f'"{blob(data)}"', X_Repo_Commit=sha, Content_Type="application/octet-stream", Accept_Ranges="none"
+        )
+
+
+def blob(data: bytes) -> str:
+    """The name git gives to a file."""
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
+
+
+def entry(path: str, data: bytes) -> dict:
+    return {"type": "file", "oid": blob(data), "size": len(data), "path": path}
