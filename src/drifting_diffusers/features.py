@@ -1,8 +1,11 @@
 """What samples are compared in: a feature map turns images into named sets of vectors, one per location."""
 
+import math
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .shapes import Float
 
@@ -22,4 +25,62 @@ class Pixels(nn.Module):
 
 
 class MultiScaleStatistics(nn.Module):
-    """placeholder"""
+    r"""Fixed statistics of windows: what is seen without a trained encoder. They are ours, not of a paper.
+
+    For every scale s, over windows of s x s pixels side by side, each as one vector of all windows and channels:
+
+        mean_s     mean of the pixels
+        edges_s    mean of sqrt(r^2 + eps) of the responses r of oriented edge and line filters, the derivatives of Gaussians of several widths
+
+    Means hold shape and shade; edges hold outline and texture wherever exactly they lie in the window, which pixels, compared one by one, cannot.
+
+    Args:
+        mean_scales: sides of the windows of the means, in pixels.
+        edge_scales: sides of the windows of the edges.
+        widths: standard deviations of the filters, in pixels.
+        orientations: directions of the filters, evenly over half a turn.
+    """
+
+    filters: Tensor
+
+    def __init__(
+        self,
+        mean_scales: tuple[int, ...] = (4,),
+        edge_scales: tuple[int, ...] = (4,),
+        widths: tuple[float, ...] = (1.0, 1.8),
+        orientations: int = 4,
+    ):
+        super().__init__()
+        self.mean_scales, self.edge_scales = mean_scales, edge_scales
+        self.register_buffer("filters", oriented_filters(widths, orientations), persistent=False)
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n 1 _"]]:
+        for scale in (*self.mean_scales, *self.edge_scales):
+            if images.shape[2] % scale or images.shape[3] % scale:
+                raise ValueError(
+                    f"windows of {scale} pixels do not tile images of {tuple(images.shape[2:])}; choose scales that divide both sides"
+                )
+        found = {f"mean_{s}": F.avg_pool2d(images, s) for s in self.mean_scales}
+        if self.edge_scales:
+            channels = images.shape[1]
+            filters = self.filters.to(images).repeat(channels, 1, 1, 1)  # every channel by every filter
+            responses = F.conv2d(images, filters, padding=filters.shape[-1] // 2, groups=channels)
+            magnitudes = (responses.square() + 1e-4).sqrt()  # at 0 a bare magnitude has no gradient
+            found |= {f"edges_{s}": F.avg_pool2d(magnitudes, s) for s in self.edge_scales}
+        return {name: values.flatten(1)[:, None] for name, values in found.items()}
+
+
+def oriented_filters(widths: tuple[float, ...], orientations: int) -> Float[Tensor, "k 1 side side"]:
+    """First and second derivatives of Gaussians along each direction, without response to a constant, of unit absolute sum."""
+    radius = math.ceil(1.5 * max(widths))
+    axis = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    filters = []
+    for width in widths:
+        bell = torch.exp(-(x**2 + y**2) / (2 * width**2))
+        for k in range(orientations):
+            along = x * math.cos(math.pi * k / orientations) + y * math.sin(math.pi * k / orientations)
+            for derivative in (along * bell, (along**2 / width**2 - 1) * bell):
+                centred = derivative - derivative.mean()
+                filters.append(centred / centred.abs().sum())
+    return torch.stack(filters)[:, None]
