@@ -135,7 +135,7 @@ class DriftingPipeline(DiffusionPipeline):
         if self.vae is None:
             return sample
         scaling, shift = getattr(self.vae.config, "scaling_factor", None), getattr(self.vae.config, "shift_factor", None)
-        return self.vae.decode((sample / (scaling or 1.0) + (shift or 0.0)).to(self.vae.dtype), return_dict=False)[0]
+        return self.vae.decode((sample.float() / (scaling or 1.0) + (shift or 0.0)).to(self.vae.dtype), return_dict=False)[0]
 
     def _inputs(
         self, n: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None, style_labels: Tensor | None
