@@ -38,6 +38,7 @@ DATA = Path(__file__).parent / "data/fashion_mnist"
 class Arguments:
     output_dir: str = field(default="outputs/quickstart", metadata={"help": "where everything is written"})
     max_steps: int = field(default=1500, metadata={"help": "training steps; quality still grows beyond the default"})
+    judge_epochs: int = field(default=8, metadata={"help": "passes over the real images of the classifier that judges"})
     seed: int = field(default=0, metadata={"help": "decides the initial weights and every draw"})
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict:
     train, test = (Dataset.from_parquet(str(DATA / f"{split}.parquet"), cache_dir=None) for split in ("train", "test"))
 
     print("1/3  A classifier learns the real images; it will judge the generated ones.")
-    judge, real_accuracy = train_judge(train, test, arguments.seed)
+    judge, real_accuracy = train_judge(train, test, arguments)
     print(f"     It is right on {real_accuracy:.1%} of held-out real images.")
 
     print("2/3  The generator learns.")
@@ -66,13 +67,13 @@ def main(argv: list[str] | None = None) -> dict:
     return results
 
 
-def train_judge(train: Dataset, test: Dataset, seed: int) -> tuple[torch.nn.Module, float]:
+def train_judge(train: Dataset, test: Dataset, arguments: Arguments) -> tuple[torch.nn.Module, float]:
     """A small classifier of the real images and its accuracy on held-out ones."""
     view = partial(LabelledImages, size=(28, 28), channels=1, num_classes=10, image_column="image", label_column="label")
     images, labels = view(train).per_class(len(train))
-    epochs, batch_size = 8, 128
+    epochs, batch_size = arguments.judge_epochs, 128
     with tqdm(total=epochs * (len(images) // batch_size), desc="classifier", unit="step", dynamic_ncols=True) as bar:
-        rng = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(arguments.seed)
         judge = train_classifier(images, labels, generator=rng, epochs=epochs, batch_size=batch_size, on_step=bar.update)
     return judge, accuracy(judge, *view(test).per_class(len(test)))
 
