@@ -53,6 +53,7 @@ def test_public_names_are_a_snapshot():
         "DriftingPipeline",
         "DriftingTrainer",
         "MultiScaleStatistics",
+        "Pixels",
         "SampleBank",
         "__version__",
         "drift_loss",
