@@ -342,6 +342,24 @@ def test_t23_the_floor_pulls_from_afar_where_one_small_temperature_does_not():
     assert torch.cdist(reached[1e-3], MODES).min(dim=1).values.median() > 1.5
 
 
+def test_the_floor_is_measured_against_the_mean_affinity():
+    """It is at most 1 / sqrt(n m). Of 1000 targets most affinities lie under the floor, and its unnormalised pull throws particles out."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(1000, 2, generator=generator)
+    start = torch.randn(128, 2, generator=generator)
+    affinity = two_sided_softmax(Laplace().log_value(pairwise_distance(start, data) / 1.8, 0.2))
+    assert affinity.mean() <= (128 * 1000) ** -0.5
+    assert (affinity < 1e-3).float().mean() > 0.4
+    far = {}
+    for floor in (0.0, 1e-3):
+        x = start
+        for _ in range(20):
+            x = x + velocity(DriftingField(affinity_floor=floor, normalise_force=False), x, data, x)
+        far[floor] = float(x.abs().max())
+    assert far[0.0] < 10
+    assert far[1e-3] > 1000
+
+
 def test_t24_only_the_antisymmetric_field_rests_at_the_data():
     """Fields a V+ - b V- of equation (11), composed from couplings: V+ alone collapses, 2 V+ - V- is too narrow, V+ - 2 V- too wide."""
 

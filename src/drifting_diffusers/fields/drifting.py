@@ -8,8 +8,10 @@ With the targets y = (negatives, positives), masses w, s the w-weighted mean of 
 
 s and each rms are one number for the whole step, so problems are not independent: see `grouping` and `mean`.
 
-Known limits. With the floor on, every target pulls a little at any distance: this keeps far starts trainable, and it stops low-dimensional
-toys short of the finest detail. With the masked own batch as negatives the field has a bias of order 1/sqrt(n). Because of the rms, V never
+Known limits. With the floor on, every target pulls a little at any distance: this keeps far starts trainable, and it freezes low-dimensional
+toys between their modes. Measure it against the mean affinity, at most 1/sqrt(n (m + p)): with 1000 targets the floor of 1e-3 binds nearly
+everywhere, and with `normalise_force` off the pull then grows without bound. Without it take one temperature of about 1: it is what moves
+mass between far modes. With the masked own batch as negatives the field has a bias of order 1/sqrt(n). Because of the rms, V never
 shrinks: for particles, switch `normalise_force` off.
 """
 
