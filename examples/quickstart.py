@@ -14,11 +14,11 @@ import json
 import platform
 import shlex
 import sys
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 import matplotlib.pyplot as plt
@@ -32,6 +32,11 @@ from drifting_diffusers.data import LabelledImages
 from drifting_diffusers.evaluation import accuracy, train_classifier
 
 DATA = Path(__file__).parent / "data/fashion_mnist"
+MEANING = {
+    "accuracy": "share that a classifier of real images puts into its class",
+    "energy": "energy distance to held-out images of the class, in pixels",
+    "spread": "mean pixel distance of two images of a class",
+}
 
 
 @dataclass
@@ -43,24 +48,23 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    (arguments,) = HfArgumentParser(Arguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(cast(Any, Arguments), description=(__doc__ or "").splitlines()[0])
+    (arguments,) = parser.parse_args_into_dataclasses(argv)
     datasets.disable_progress_bars()
     torch.manual_seed(arguments.seed)
-    train, test = (Dataset.from_parquet(str(DATA / f"{split}.parquet"), cache_dir=None) for split in ("train", "test"))
+    train, test = (Dataset.from_parquet(str(DATA / f"{split}.parquet")) for split in ("train", "test"))
 
     print("1/3  A classifier learns the real images; it will judge the generated ones.")
     judge, real_accuracy = train_judge(train, test, arguments)
     print(f"     It is right on {real_accuracy:.1%} of held-out real images.")
 
     print("2/3  The generator learns.")
-    start = time.monotonic()
     trainer = make_trainer(arguments, train, test, judge)
     found = trainer.train()
-    seconds = time.monotonic() - start
 
     print("3/3  Pictures and numbers.")
     folder = trainer.save_model()
-    results = write_results(trainer, found, real_accuracy, seconds, arguments)
+    results = write_results(trainer, folder, found, real_accuracy, arguments)
     draw_samples(trainer, test)
     draw_curves(trainer)
     report(results, trainer.run.path, folder)
@@ -120,34 +124,27 @@ def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, judge: tor
     )
 
 
-def write_results(trainer: DriftingTrainer, found: dict[str, float], real_accuracy: float, seconds: float, arguments: Arguments) -> dict:
+def write_results(trainer: DriftingTrainer, pipeline: Path, found: dict[str, float], real_accuracy: float, arguments: Arguments) -> dict:
     """Every number, what it is for real images, and how it was made."""
     each = trainer.config.eval_samples_per_class
     results = {
-        "metrics": {
-            "accuracy": {
-                "generated": found["accuracy"],
-                "real": real_accuracy,
-                "what": "share that a classifier of real images gives its label",
-            },
-            "energy": {
-                "generated": found["energy"],
-                "real": found["energy_real"],
-                "what": "energy distance to held-out images in pixels, per class",
-            },
-            "spread": {"generated": found["spread"], "real": found["spread_real"], "what": "mean pixel distance within a class"},
-        },
+        "metrics": {name: found[name] for name in MEANING},
+        "real": {"accuracy": real_accuracy, "energy": found["energy_real"], "spread": found["spread_real"]},
+        "meaning": MEANING,
+        "dataset": "zalando-datasets/fashion_mnist",
+        "training_images": len(trainer.train_data),
         "samples_per_class": each,
         "held_out_per_class": each,
-        "training_seconds": round(seconds, 1),
         "steps": trainer.step,
+        "training_seconds": round(trainer.seconds, 1),
         "seeds": [arguments.seed],
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in ("drifting-diffusers", "torch", "diffusers", "accelerate")}
-        | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("drifting-diffusers", "torch", "diffusers", "accelerate")},
+        "python": platform.python_version(),
         "device": str(trainer.accelerator.device),
     }
-    (trainer.run.path / "results.json").write_text(json.dumps(results, indent=2))
+    for folder in (trainer.run.path, pipeline):  # beside the model too: the card of a push is rendered from it
+        (folder / "results.json").write_text(json.dumps(results, indent=2))
     return results
 
 
@@ -198,8 +195,8 @@ def draw_curves(trainer: DriftingTrainer) -> None:
 
 def report(results: dict, output_dir: Path, pipeline: Path) -> None:
     print(f"\n{'':10}{'generated':>10}{'real':>8}")
-    for name, entry in results["metrics"].items():
-        print(f"{name:10}{entry['generated']:10.3f}{entry['real']:8.3f}   {entry['what']}")
+    for name, meaning in MEANING.items():
+        print(f"{name:10}{results['metrics'][name]:10.3f}{results['real'][name]:8.3f}   {meaning}")
     print(f"\nLook at {output_dir / 'samples.png'} and {output_dir / 'curves.png'}. Draw more with:\n")
     print("    from drifting_diffusers import DriftingPipeline")
     print(f'    pipe = DriftingPipeline.from_pretrained("{pipeline}")')

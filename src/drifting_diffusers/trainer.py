@@ -1,6 +1,7 @@
 """The trainer conducts: order, devices, checkpoints, logs, previews. Every formula lives elsewhere."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -95,6 +96,7 @@ class DriftingTrainer:
         self.unconditional_bank = bank(1, config.unconditional_bank_size) if config.unconditional_per_label else None
         self.accelerator.register_for_checkpointing(*filter(None, (self.schedule, self.ema, self.bank, self.unconditional_bank)))
         self.step = 0
+        self.seconds = 0.0  # of training, evaluations and checkpoints included, over all sessions
         self.log_history: list[dict[str, Any]] = []
 
     def _images(self, generator: DriftingGenerator, dataset: Dataset) -> LabelledImages:
@@ -118,8 +120,10 @@ class DriftingTrainer:
         self.accelerator.print(LOSS_NOTICE)
         batches = iter(self._batches())
         bar = tqdm(total=self.config.max_steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True)
+        started = time.monotonic() - self.seconds
         while self.step < self.config.max_steps:
             measured = self.training_step(*next(batches))
+            self.seconds = time.monotonic() - started
             bar.update()
             self._after_step(measured, bar)
         bar.close()
@@ -249,7 +253,7 @@ class DriftingTrainer:
 
     def _save_state(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
-        (folder / "trainer_state.json").write_text(json.dumps({"step": self.step}))
+        (folder / "trainer_state.json").write_text(json.dumps({"step": self.step, "seconds": self.seconds}))
 
     def _resume(self) -> bool:
         """Load the newest whole checkpoint of this folder, if there is one."""
@@ -258,6 +262,7 @@ class DriftingTrainer:
             return False
         self.step, folder = max(checkpoints.items())
         self.accelerator.load_state(str(folder))
+        self.seconds = json.loads((folder / "trainer_state.json").read_text())["seconds"]
         self.run.forget_after(self.step)
         self.log_history = self.run.history()
         self.accelerator.print(f"Resuming from {folder}")
