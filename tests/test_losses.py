@@ -16,7 +16,7 @@ from drifting_diffusers.losses import drift_loss
 
 F64 = torch.float64
 RECORDED = Path(__file__).parent / "recorded" / "drift_small.npz"
-SMALL = ("basic", "neg_weight_zero", "zero_gen_pos_weights", "hot_R")
+SMALL = ("basic", "neg_weight_zero", "zero_gen_pos_weights", "hot_R", "tiny")
 CASES = (
     *("basic", "no_neg", "empty_neg", "one_R", "weights_all", "neg_weight_zero", "train_like", "zero_gen_pos_weights", "one_gen_no_neg"),
     *("one_dim", "high_dim", "far_clusters", "wide_R", "huge", "tiny", "small", "dup_gen_pos", "gen_collapsed", "all_identical"),
