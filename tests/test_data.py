@@ -54,13 +54,14 @@ def test_gather_matches_single_items_and_rectangles_work():
     assert_close(images[0], data[3][0])
 
 
-def test_per_class_and_fill_take_from_every_class():
+def test_per_class_and_starters_take_from_every_class():
     data = view(dataset(labels=(2, 1, 0, 1, 0, 0)))
     _, labels = data.per_class(2)
     assert labels.tolist() == [0, 0, 1, 1, 2]
-    _, labels = data.fill(2, seed=0)
-    assert sorted(labels.tolist()) == [0, 0, 1, 1, 2]
-    assert_close(data.fill(2, seed=4)[0], data.fill(2, seed=4)[0])
+    starters = data.starters(2, seed=0)
+    assert sorted(data.labels[starters].tolist()) == [0, 0, 1, 1, 2]
+    assert len(set(starters)) == 5
+    assert data.starters(2, seed=4) == data.starters(2, seed=4) != data.starters(2, seed=5)
 
 
 def test_label_names():

@@ -9,7 +9,15 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch.testing import assert_close
 
-from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingPipeline, DriftingTrainer, Pixels
+from drifting_diffusers import (
+    DriftingConfig,
+    DriftingField,
+    DriftingGenerator,
+    DriftingObjective,
+    DriftingPipeline,
+    DriftingTrainer,
+    Pixels,
+)
 from drifting_diffusers.trainer import _halves
 
 SMALL = {
@@ -161,8 +169,9 @@ def test_an_unconditional_generator_trains(images, tmp_path):
     assert len(run.sample(num_images_per_label=2).images) == 2
 
 
-def test_gradient_checkpointing_changes_nothing(images, tmp_path):
-    plain, other = trainer(images, tmp_path / "a", max_steps=2), trainer(images, tmp_path / "b", max_steps=2, gradient_checkpointing=True)
+def test_gradient_checkpointing_and_workers_change_nothing(images, tmp_path):
+    plain = trainer(images, tmp_path / "a", max_steps=2)
+    other = trainer(images, tmp_path / "b", max_steps=2, gradient_checkpointing=True, dataloader_num_workers=1)
     plain.train(), other.train()
     assert_close(weights(plain), weights(other))
 
@@ -190,6 +199,13 @@ def test_a_diverged_step_stops_with_the_last_checkpoint_intact(images, tmp_path)
     with pytest.raises(ValueError, match="generated holds"):
         run.train()
     assert list(run.run.checkpoints()) == [2]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(images, tmp_path):
+    poles = lambda x: {"root": x.flatten(1)[:, None].abs().sqrt()}  # at 0, where an untrained generator stands, its slope is infinite
+    run = trainer(images, tmp_path / "run", objective=DriftingObjective(poles))
+    with pytest.raises(FloatingPointError, match=r"step 0 is not finite \(norm nan\).*run is sound"):
+        run.train()
 
 
 def test_constant_features_are_dropped_loudly(images, tmp_path, capsys):
@@ -220,6 +236,20 @@ def test_another_run_in_the_folder_is_refused(images, tmp_path):
     trainer(images, tmp_path / "run", max_steps=1).train()
     with pytest.raises(ValueError, match="holds another run: learning_rate"):
         trainer(images, tmp_path / "run", max_steps=1, learning_rate=5e-4)
+
+
+def test_another_generator_objective_or_dataset_in_the_folder_is_refused(images, tmp_path):
+    trainer(images, tmp_path / "run", max_steps=1).train()
+    for changes in ({"generator": tiny_generator(num_layers=2)}, {"objective": DriftingObjective(Pixels(), DriftingField((0.1,)))}):
+        with pytest.raises(ValueError, match=r"holds another run: (generator|field)="):
+            trainer(images, tmp_path / "run", max_steps=1, **changes)
+    with pytest.raises(ValueError, match=r"holds another run: images=33 \(there: 36\)"):
+        trainer(images.select(range(33)), tmp_path / "run", max_steps=1)
+
+
+def test_too_few_images_to_evaluate_with_are_refused(images, tmp_path):
+    with pytest.raises(ValueError, match=r"classes \[1, 2\] have fewer than 4"):
+        trainer(images.select(range(10)), tmp_path / "run")
 
 
 def test_halves_split_every_class():

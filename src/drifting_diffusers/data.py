@@ -1,6 +1,7 @@
 """From a `datasets.Dataset` to (image in [-1, 1], label), in an order that is a function of the seed and the position alone."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -64,11 +65,17 @@ class LabelledImages:
         images = [to_tensor(image, self.size, self.channels) for image in self.dataset[indices][self.image_column]]
         return torch.stack(images), torch.as_tensor(self.labels[indices], dtype=torch.long)
 
-    def fill(self, n: int, *, seed: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
-        """N images of every class (all where it has fewer), chosen by the seed: what a bank starts with."""
+    def starters(self, n: int, *, seed: int) -> list[int]:
+        """The positions of n images of every class (all where it has fewer), shuffled: what a bank starts with."""
         order = np.random.default_rng((seed, len(self))).permutation(len(self))
-        chosen = [order[self.labels[order] == label][:n] for label in np.unique(self.labels)]
-        return self.gather(np.concatenate(chosen).tolist())
+        seen: Counter[int] = Counter()
+        chosen = []
+        for i in order.tolist():
+            label = int(self.labels[i])
+            if seen[label] < n:
+                seen[label] += 1
+                chosen.append(i)
+        return chosen
 
     def per_class(self, n: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
         """The first n images of every class, class by class; fewer where a class has fewer."""

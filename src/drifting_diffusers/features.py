@@ -51,8 +51,11 @@ class MultiScaleStatistics(nn.Module):
         orientations: int = 4,
     ):
         super().__init__()
-        self.mean_scales, self.edge_scales = mean_scales, edge_scales
+        self.mean_scales, self.edge_scales, self.widths, self.orientations = mean_scales, edge_scales, widths, orientations
         self.register_buffer("filters", oriented_filters(widths, orientations), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"mean_scales={self.mean_scales}, edge_scales={self.edge_scales}, widths={self.widths}, orientations={self.orientations}"
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n 1 _"]]:
         for scale in (*self.mean_scales, *self.edge_scales):

@@ -2,9 +2,10 @@ r"""The training objective: images -> features -> field -> loss. One drift loss 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .features import FeatureMap
 from .fields import DriftingField, Field, Mean, batch_mean
@@ -37,6 +38,11 @@ class DriftingObjective:
         self.ignored: set[str] = set()
         if not self.feature_maps:
             raise ValueError("an objective needs at least one feature map; `Pixels()` is the simplest")
+
+    def describe(self) -> dict[str, Any]:
+        """What is compared and how, as JSON; a feature map that is no module stands there by its name."""
+        named = lambda m: repr(m) if isinstance(m, nn.Module) else getattr(m, "__qualname__", type(m).__qualname__)
+        return {"features": [named(m) for m in self.feature_maps], "field": repr(self.field)}
 
     def features(self, images: Float[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n l d"]]:
         """All features of the images by name, in float32: distances underflow in 16 bits."""

@@ -16,10 +16,20 @@ from typing import Any
 
 from .config import CONFIG_NAME, DriftingConfig
 
+SETUP_NAME = "training_setup.json"
+
 
 class RunFolder:
-    def __init__(self, config: DriftingConfig):
+    """The folder `config.output_dir`, for one run.
+
+    Args:
+        config: the choices of the run.
+        setup: what is trained on what, as JSON; a folder that holds another setup is refused as well.
+    """
+
+    def __init__(self, config: DriftingConfig, setup: dict[str, Any]):
         self.path, self.config = Path(config.output_dir), config
+        self.setup = json.loads(json.dumps(setup))  # tuples become lists, as they will be when read back
         self.check()
 
     def check(self) -> None:
@@ -29,6 +39,8 @@ class RunFolder:
         if not (self.path / CONFIG_NAME).exists():
             raise FileExistsError(f"output_dir {str(self.path)!r} holds other files and no run; choose a new or empty folder")
         differences = self.config.differences(DriftingConfig.from_folder(self.path))
+        there = json.loads((self.path / SETUP_NAME).read_text())
+        differences |= {name: (self.setup[name], there.get(name)) for name in self.setup if self.setup[name] != there.get(name)}
         if differences:
             listed = ", ".join(f"{name}={here} (there: {there})" for name, (here, there) in differences.items())
             raise ValueError(
@@ -36,9 +48,10 @@ class RunFolder:
             )
 
     def claim(self) -> None:
-        """Write the config, unless this run was started before."""
+        """Write down config and setup, before any work."""
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / SETUP_NAME).write_text(json.dumps(self.setup, indent=2))
         (self.path / CONFIG_NAME).write_text(self.config.to_json())
 
     def checkpoints(self) -> dict[int, Path]:

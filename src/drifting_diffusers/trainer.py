@@ -64,7 +64,6 @@ class DriftingTrainer:
         compute_metrics: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
     ):
         self.config, self.objective, self.compute_metrics = config, objective, compute_metrics
-        self.run = RunFolder(config)
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"this trainer runs in one process, got {self.accelerator.num_processes}; start it with plain `python`")
@@ -76,7 +75,10 @@ class DriftingTrainer:
         self._model_config = generator.config
         self.train_data = self._images(generator, train_dataset)
         self.eval_data = self.train_data if eval_dataset is None else self._images(generator, eval_dataset)
+        _check_held_out(self.eval_data)
         self.labels = label_names(train_dataset, config.label_column) if generator.config.num_classes else None
+        shape = {name: value for name, value in generator.config.items() if not name.startswith("_")}
+        self.run = RunFolder(config, {"generator": shape, **objective.describe(), "images": len(train_dataset), "labels": self.labels})
         if config.gradient_checkpointing:
             generator.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
@@ -118,15 +120,16 @@ class DriftingTrainer:
             self._fill_banks()
         self._ignore_constant_features()
         self.accelerator.print(LOSS_NOTICE)
+        if self.eval_data is self.train_data:
+            self.accelerator.print("No eval_dataset: distances are to training images, so they do not see memorisation.")
         batches = iter(self._batches())
-        bar = tqdm(total=self.config.max_steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True)
         started = time.monotonic() - self.seconds
-        while self.step < self.config.max_steps:
-            measured = self.training_step(*next(batches))
-            self.seconds = time.monotonic() - started
-            bar.update()
-            self._after_step(measured, bar)
-        bar.close()
+        with tqdm(total=self.config.max_steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True) as bar:
+            while self.step < self.config.max_steps:
+                outcome = self.training_step(*next(batches))
+                self.seconds = time.monotonic() - started
+                bar.update()
+                self._after_step(outcome, bar)
         return self.evaluate()
 
     def training_step(self, fresh: Tensor, fresh_labels: Tensor) -> dict[str, Any]:
@@ -143,7 +146,7 @@ class DriftingTrainer:
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient of step {self.step} is not finite (norm {float(norm)}); lower learning_rate or look for a feature that divides by zero. "
-                f"The last checkpoint in {self.output_dir} is sound"
+                f"The last checkpoint in {self.run.path} is sound"
             )
         learning_rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
@@ -207,8 +210,10 @@ class DriftingTrainer:
         return DataLoader(self.train_data, batch_sampler=order, num_workers=self.config.dataloader_num_workers)  # pyright: ignore[reportArgumentType]
 
     def _fill_banks(self) -> None:
-        config = self.config
-        self._push(*self.train_data.fill(config.bank_size, seed=config.seed), self._rng(FILL, 0))
+        config, chunk = self.config, 1000
+        starters = self.train_data.starters(config.bank_size, seed=config.seed)
+        for first in tqdm(range(0, len(starters), chunk), desc="filling the bank", unit="thousand images", leave=False, dynamic_ncols=True):
+            self._push(*self.train_data.gather(starters[first : first + chunk]), self._rng(FILL, first))
 
     def _push(self, images: Tensor, labels: Tensor, rng: torch.Generator) -> None:
         if self.config.random_flip:
@@ -216,8 +221,7 @@ class DriftingTrainer:
             images = torch.where(mirrored, images.flip(3), images)
         self.bank.push(images, labels)
         if self.unconditional_bank is not None:
-            order = torch.randperm(len(images), generator=rng)  # a fill comes class by class: the newest would be of the last classes only
-            self.unconditional_bank.push(images[order], torch.zeros_like(labels))
+            self.unconditional_bank.push(images, torch.zeros_like(labels))
 
     def _ignore_constant_features(self) -> None:
         images = self.bank.samples[:, : int(self.bank.count.min())].flatten(0, 1)[:256]
@@ -315,6 +319,14 @@ class DriftingTrainer:
         folder = self.run.path / "previews"
         folder.mkdir(exist_ok=True)
         make_image_grid(images, rows=4, cols=len(classes)).save(folder / f"step-{self.step:06d}.png")
+
+
+def _check_held_out(data: LabelledImages) -> None:
+    """Half of a class is the reference, half the control, and a spread needs two."""
+    labels, counts = np.unique(data.labels, return_counts=True)
+    scarce = labels[counts < 4].tolist()
+    if scarce:
+        raise ValueError(f"classes {scarce} have fewer than 4 images to evaluate with; hold out more of them, or pass another eval_dataset")
 
 
 def _scalars(outcome: dict[str, Any]) -> dict[str, float]:
