@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from drifting_diffusers import MultiScaleStatistics, Pixels
+from drifting_diffusers import MultiScaleStatistics, Pixels, Windows
 from drifting_diffusers.features import FeatureMap, oriented_filters
 
 
@@ -23,6 +23,19 @@ def test_means_are_window_means_and_pixels_keep_their_order():
     x = images()
     assert_close(MultiScaleStatistics(mean_scales=(4,), edge_scales=())(x)["mean_4"][1, 0, 4], x[1, 0, 4:8, 4:8].mean())
     assert_close(Pixels()(x)["pixels"].reshape(x.shape), x)
+
+
+def test_windows_overlap_and_keep_their_pixels():
+    x = images(h=12, w=16)
+    found = Windows(side=8, stride=4)(x)["windows_8"]
+    assert found.shape == (3, 2 * 3, 2 * 64)
+    assert_close(found[1, 4].reshape(2, 8, 8), x[1, :, 4:12, 4:12])
+
+
+@pytest.mark.parametrize("size", [(12, 14), (4, 12)])
+def test_windows_that_miss_the_border_are_refused(size):
+    with pytest.raises(ValueError, match=r"stride of 4 .*stride that divides"):
+        Windows(side=8, stride=4)(images(h=size[0], w=size[1]))
 
 
 def test_every_image_by_itself():

@@ -55,6 +55,7 @@ def test_public_names_are_a_snapshot():
         "MultiScaleStatistics",
         "Pixels",
         "SampleBank",
+        "Windows",
         "__version__",
         "drift_loss",
     ]

@@ -19,6 +19,7 @@ _HOME = {
     "MultiScaleStatistics": "features",
     "Pixels": "features",
     "SampleBank": "bank",
+    "Windows": "features",
     "drift_loss": "losses",
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "MultiScaleStatistics",
     "Pixels",
     "SampleBank",
+    "Windows",
     "__version__",
     "drift_loss",
 ]
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from .config import DriftingConfig as DriftingConfig
     from .features import MultiScaleStatistics as MultiScaleStatistics
     from .features import Pixels as Pixels
+    from .features import Windows as Windows
     from .fields import Drift as Drift
     from .fields import DriftingField as DriftingField
     from .generator import DriftingGenerator as DriftingGenerator

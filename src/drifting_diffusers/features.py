@@ -24,6 +24,31 @@ class Pixels(nn.Module):
         return {"pixels": images.flatten(1)[:, None]}
 
 
+class Windows(nn.Module):
+    """Overlapping square windows of pixels, one location each: what is near must agree, wherever patches of the generator meet.
+
+    Args:
+        side: of a window, in pixels.
+        stride: from one window to the next, in pixels; it must divide what the image has beyond one window, in both directions.
+    """
+
+    def __init__(self, side: int = 8, stride: int = 4):
+        super().__init__()
+        self.side, self.stride = side, stride
+
+    def extra_repr(self) -> str:
+        return f"side={self.side}, stride={self.stride}"
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n l d"]]:
+        for length in images.shape[2:]:
+            if length < self.side or (length - self.side) % self.stride:
+                raise ValueError(
+                    f"windows of {self.side} pixels at a stride of {self.stride} do not reach the border of images of {tuple(images.shape[2:])}; "
+                    f"choose a stride that divides {length} - {self.side}"
+                )
+        return {f"windows_{self.side}": F.unfold(images, self.side, stride=self.stride).mT}
+
+
 class MultiScaleStatistics(nn.Module):
     r"""Fixed statistics of windows: what is seen without a trained encoder. They are ours, not of a paper.
 
