@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser
@@ -39,9 +40,9 @@ def test_defaults_are_the_ablation_recipe():
 
 def test_command_line():
     (config,) = HfArgumentParser(DriftingConfig).parse_args_into_dataclasses(
-        ["--output_dir", "x", "--lr_scheduler_type", "cosine", "--max_steps", "7"]
+        ["--output_dir", "x", "--lr_scheduler_type", "cosine", "--max_steps", "7000"]
     )
-    assert (config.output_dir, config.lr_scheduler_type, config.max_steps) == ("x", "cosine", 7)
+    assert (config.output_dir, config.lr_scheduler_type, config.max_steps) == ("x", "cosine", 7000)
 
 
 @pytest.mark.parametrize(
@@ -64,16 +65,35 @@ def test_values_out_of_range_are_refused(name, value):
         DriftingConfig("unused", **{name: value})
 
 
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_steps", 2.5), ("learning_rate", "1e-3"), ("random_flip", "false"), ("output_dir", Path("x"))]
+)
+def test_wrong_types_are_refused(name, value):
+    with pytest.raises(TypeError, match=rf"^{name} must be .*got {type(value).__name__}"):
+        DriftingConfig(**({"output_dir": "unused"} | {name: value}))
+    assert DriftingConfig("unused", weight_decay=0).weight_decay == 0  # an int is a float
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_steps": 10}, {"bank_size": 63}, {"unconditional_bank_size": 15}, {"guidance_power": float("inf")}]
+)
+def test_values_that_do_not_go_together_are_refused(changes):
+    with pytest.raises(ValueError, match=r"at most|finite"):
+        DriftingConfig("unused", **changes)
+
+
 def test_every_number_has_a_rule_and_every_rule_a_field():
     names = {f.name for f in dataclasses.fields(DriftingConfig)}
-    free = {"output_dir", "guidance_power", "random_flip", "gradient_checkpointing", "image_column", "label_column"}
+    free = {"output_dir", "guidance_power", "random_flip", "cache_features", "gradient_checkpointing", "image_column", "label_column"}
     assert set(RULES) == names - free
     assert set(CHANGEABLE) <= names
 
 
 def test_round_trip_and_differences(tmp_path):
-    config = DriftingConfig(str(tmp_path), max_steps=5)
+    config = DriftingConfig(str(tmp_path), max_steps=6000)
     (tmp_path / "training_config.json").write_text(config.to_json())
     assert DriftingConfig.from_folder(tmp_path) == config
-    other = dataclasses.replace(config, max_steps=6, logging_steps=3, output_dir="elsewhere")
-    assert config.differences(other) == {"max_steps": (5, 6)}
+    other = dataclasses.replace(config, max_steps=7000, logging_steps=3, output_dir="elsewhere")
+    assert config.differences(other) == {"max_steps": (6000, 7000)}
+    assert other.differences(config) == {}  # with a constant schedule a longer run has the same beginning

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from drifting_diffusers.evaluation import accuracy, compare, energy_distance, per_class, spread, train_classifier
+from drifting_diffusers.encoders import train_classifier
+from drifting_diffusers.evaluation import accuracy, compare, energy_distance, per_class, spread
 
 
 def normal(n, mean=0.0, d=1, seed=0):

@@ -81,6 +81,18 @@ def test_constant_features_are_found_and_left_out():
     assert list(objective(images(1, 4, 0), images(1, 4, 1))[1]) == ["pixels"]
 
 
+def test_packed_features_are_the_features():
+    x, y, n = images(2, 4, 0).requires_grad_(), images(2, 5, 1), images(2, 3, 2)
+    objective = DriftingObjective([Rows(), Pixels()])
+    packed = lambda t: objective.pack(t.flatten(0, 1)).unflatten(0, t.shape[:2])
+    loss, measured = objective(x, packed(y), packed(n), torch.ones(2))
+    expected, plain = objective(x, y, n, torch.ones(2))
+    assert_close(loss, expected)
+    assert_close(measured["rows"].strength, plain["rows"].strength)
+    with pytest.raises(ValueError, match="32 numbers per image here, got 7"):
+        objective(x, torch.zeros(2, 5, 7))
+
+
 def test_bad_feature_maps_are_refused():
     with pytest.raises(ValueError, match="at least one feature map"):
         DriftingObjective([])

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch.testing import assert_close
@@ -16,8 +19,11 @@ from drifting_diffusers import (
     DriftingObjective,
     DriftingPipeline,
     DriftingTrainer,
+    MultiScaleStatistics,
     Pixels,
+    Windows,
 )
+from drifting_diffusers.encoders import SmallClassifier
 from drifting_diffusers.trainer import _halves
 
 SMALL = {
@@ -29,7 +35,7 @@ SMALL = {
     "bank_size": 8,
     "unconditional_bank_size": 10,
     "push_per_step": 4,
-    "warmup_steps": 2,
+    "warmup_steps": 1,
     "learning_rate": 1e-3,
     "random_flip": True,
     "eval_steps": 3,
@@ -50,6 +56,13 @@ def images():
         pixels[i, :, 2 * label : 2 * label + 2] = 220
     features = Features({"image": Image(), "label": ClassLabel(names=["left", "middle", "right"])})
     return Dataset.from_dict({"image": [PILImage.fromarray(p.numpy()) for p in pixels], "label": labels}, features=features)
+
+
+@pytest.fixture(autouse=True)
+def one_accelerator_per_test():
+    """Accelerate keeps one state per process, which knows one precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny_generator(**changes):
@@ -176,6 +189,23 @@ def test_gradient_checkpointing_and_workers_change_nothing(images, tmp_path):
     assert_close(weights(plain), weights(other))
 
 
+def test_cached_features_change_nothing_and_resume(images, tmp_path):
+    objective = lambda: DriftingObjective([Pixels(), MultiScaleStatistics()])
+    plain = trainer(images, tmp_path / "a", objective=objective())
+    cached = trainer(images, tmp_path / "b", objective=objective(), cache_features=True)
+    plain.train(), cached.train()
+    assert cached.bank.samples.shape[2:] == (64 + 4 + 16 * 4,)
+    assert_close(weights(plain), weights(cached), rtol=1e-3, atol=1e-5)
+
+    killed = trainer(images, tmp_path / "c", objective=objective(), cache_features=True)
+    killed._after_step = stop_at(killed, 3)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    again = trainer(images, tmp_path / "c", objective=objective(), cache_features=True)
+    again.train()
+    assert_close(weights(again), weights(cached), rtol=0, atol=0)
+
+
 def test_the_averaged_weights_are_an_exponential_average(images, tmp_path):
     run = trainer(images, tmp_path / "run", max_steps=3, ema_decay=0.5)
     seen = []
@@ -204,7 +234,7 @@ def test_a_diverged_step_stops_with_the_last_checkpoint_intact(images, tmp_path)
 def test_a_gradient_that_is_not_finite_stops_the_run(images, tmp_path):
     poles = lambda x: {"root": x.flatten(1)[:, None].abs().sqrt()}  # at 0, where an untrained generator stands, its slope is infinite
     run = trainer(images, tmp_path / "run", objective=DriftingObjective(poles))
-    with pytest.raises(FloatingPointError, match=r"step 0 is not finite \(norm nan\).*run is sound"):
+    with pytest.raises(FloatingPointError, match=r"step 0 is not finite \(norm nan\).*Sound checkpoints of steps \[\]"):
         run.train()
 
 
@@ -243,7 +273,7 @@ def test_another_generator_objective_or_dataset_in_the_folder_is_refused(images,
     for changes in ({"generator": tiny_generator(num_layers=2)}, {"objective": DriftingObjective(Pixels(), DriftingField((0.1,)))}):
         with pytest.raises(ValueError, match=r"holds another run: (generator|field)="):
             trainer(images, tmp_path / "run", max_steps=1, **changes)
-    with pytest.raises(ValueError, match=r"holds another run: images=33 \(there: 36\)"):
+    with pytest.raises(ValueError, match=r"holds another run: data=.*'images': 33.*there: .*'images': 36"):
         trainer(images.select(range(33)), tmp_path / "run", max_steps=1)
 
 
@@ -257,6 +287,165 @@ def test_halves_split_every_class():
     reference, control = _halves(labels)
     assert labels[reference].tolist() == [0, 0, 1, 2, 2] == labels[control].tolist()
     assert not (reference & control).any()
+
+
+def test_guidance_reaches_the_generator_and_the_weights_of_the_negatives(images, tmp_path):
+    """What one step hands on: the scale of each label to all of its samples, and its negatives' mass (alpha - 1)(n - 1) / m (arXiv 2602.04770, A.7)."""
+    run = trainer(images, tmp_path / "run", labels_per_step=3, unconditional_per_label=5, guidance_power=2.0)
+    run._fill_banks()
+    told, given = {}, {}
+    forward, objective = run.generator.forward, run.objective
+    run.generator.forward = lambda **inputs: (told.update(inputs), forward(**inputs))[1]
+    run.objective = lambda *arguments: (
+        given.update(zip(("generated", "positives", "negatives", "weights"), arguments, strict=True)),
+        objective(*arguments),
+    )[1]
+    run.training_step(*next(iter(run._batches())))
+    alpha = told["guidance_scale"].unflatten(0, (3, 3))
+    assert_close(alpha, alpha[:, :1].expand(3, 3))
+    assert (alpha > 1).all()
+    assert (alpha < 4).all()
+    assert len(alpha[:, 0].unique()) == 3
+    assert_close(given["weights"], (alpha[:, 0] - 1) * 2 / 5)
+    assert sorted(told["class_labels"].unflatten(0, (3, 3))[:, 0].tolist()) == [0, 1, 2]
+    assert given["negatives"].shape == (3, 5, 1, 8, 8)
+    bright = given["positives"].mean(dim=(1, 2, 3)).reshape(3, 4, 2).mean(-1).argmax(-1)
+    assert bright.tolist() == told["class_labels"].unflatten(0, (3, 3))[:, 0].tolist()  # positives are of the label's own class
+    mixed = given["negatives"].mean(dim=(2, 3)).reshape(15, 4, 2).mean(-1).argmax(-1)
+    assert len(mixed.unique()) > 1  # negatives are of any
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # bfloat16 tokens meet a float32 norm, as they should
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"guidance_max": 2.0},
+        {"guidance_power": 5.0},
+        {"unguided_share": 1.0},
+        {"weight_decay": 0.9},
+        {"adam_beta1": 0.1},
+        {"adam_beta2": 0.5},
+        {"max_grad_norm": 1e-6},
+        {"lr_scheduler_type": "cosine"},
+        {"random_flip": False},
+        {"positives_per_label": 3},
+        {"unconditional_per_label": 1},
+        {"bank_size": 4},
+        {"unconditional_bank_size": 3},
+        {"push_per_step": 9},
+        {"warmup_steps": 3},
+        {"ema_decay": 0.5},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_no_option_is_accepted_and_ignored(option, images, tmp_path, reference_weights):
+    run = trainer(images, tmp_path / "run", **(OPTIONS | option))
+    run.train()
+    assert not torch.equal(run.ema.module.patch_proj.weight, reference_weights)
+
+
+OPTIONS = {"max_steps": 4, "eval_steps": 0, "preview_steps": 0, "save_steps": 9}
+
+
+@pytest.fixture(scope="module")
+def reference_weights(images, tmp_path_factory):
+    run = trainer(images, tmp_path_factory.mktemp("reference") / "run", **OPTIONS)
+    run.train()
+    return run.ema.module.patch_proj.weight
+
+
+def test_pictures_and_numbers_are_of_the_averaged_weights(images, tmp_path):
+    run = trainer(images, tmp_path / "run", ema_decay=0.9, max_steps=3)
+    run.train()
+    noise, styles = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([[0, 1], [2, 3]])
+    averaged = run.ema.module(noise, torch.tensor([0, 1]), 1.0, styles).sample
+    assert not torch.allclose(averaged, run.generator(noise, torch.tensor([0, 1]), 1.0, styles).sample)
+    drawn = run.sample([0, 1], latents=noise, style_labels=styles, output_type="latent").images
+    assert_close(drawn, averaged.detach())
+    rng = lambda: torch.Generator().manual_seed(4)
+    inputs = run._inputs(torch.tensor([0, 1]), rng())
+    assert_close(run.generate(torch.tensor([0, 1]), rng=rng()), run.ema.module(**inputs).sample.detach().clamp(-1, 1))
+
+
+def test_a_new_trainer_on_a_finished_run_is_that_run(images, tmp_path):
+    run = trainer(images, tmp_path / "run", max_steps=2)
+    found, folder = run.train(), run.save_model()
+    before = (folder / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    assert trainer(images, tmp_path / "run", max_steps=2).evaluate() == found
+    trainer(images, tmp_path / "run", max_steps=2).save_model()
+    assert (folder / "transformer/diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == len(run.log_history)
+
+
+def test_a_run_is_recognised_in_another_process():
+    """No address of this process may enter the description."""
+    code = (
+        "import json; from drifting_diffusers import *; from drifting_diffusers.encoders import SmallClassifier; import torch; torch.manual_seed(0);"
+        "print(json.dumps(DriftingObjective([Pixels(), Windows(), SmallClassifier(1, 2).activations]).describe()))"
+    )
+    theirs = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    torch.manual_seed(0)
+    ours = DriftingObjective([Pixels(), Windows(), SmallClassifier(1, 2).activations]).describe()
+    assert json.loads(json.dumps(ours)) == theirs
+    torch.manual_seed(1)  # other weights are another objective
+    assert DriftingObjective([Pixels(), Windows(), SmallClassifier(1, 2).activations]).describe() != ours
+
+
+def test_metrics_that_break_cost_no_checkpoint(images, tmp_path):
+    def broken(images, labels):
+        raise RuntimeError("a bug of the user")
+
+    run = trainer(images, tmp_path / "run", max_steps=4, save_steps=3)
+    run.compute_metrics = broken
+    with pytest.raises(RuntimeError, match="a bug of the user"):
+        run.train()
+    assert list(run.run.checkpoints()) == [3]
+    again = trainer(images, tmp_path / "run", max_steps=4, save_steps=3)
+    again.compute_metrics = lambda images, labels: {"mean": images.mean()}
+    assert isinstance(again.train()["mean"], float)
+    again.compute_metrics, again.log_history = (lambda images, labels: {"energy": 0.0}), []
+    with pytest.raises(ValueError, match=r"returned \['energy'\]"):
+        again.evaluate()
+
+
+def test_a_broken_checkpoint_is_named(images, tmp_path):
+    run = trainer(images, tmp_path / "run", max_steps=2)
+    run.train()
+    (tmp_path / "run/checkpoint-2/model.safetensors").write_bytes(b"half")
+    with pytest.raises(RuntimeError, match=r"checkpoint-2 cannot be read .*remove this folder"):
+        trainer(images, tmp_path / "run", max_steps=2).train()
+
+
+def test_encoders_are_frozen(images, tmp_path):
+    encoder = SmallClassifier(1, 3, width=2).train()
+    run = trainer(images, tmp_path / "run", objective=DriftingObjective([Pixels(), encoder.activations]), max_steps=2)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    run.train()
+    assert_close(encoder.state_dict(), before, rtol=0, atol=0)  # batch statistics too
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("generator", "message"),
+    [
+        (lambda: tiny_generator(in_channels=4), r"1 or 3 channels.*\(4, 4\)"),
+        (lambda: tiny_generator(out_channels=3), r"\(1, 3\)"),
+        (lambda: tiny_generator().to(torch.bfloat16), "float32, got torch.bfloat16"),
+        (lambda: tiny_generator().requires_grad_(False), "must be trainable"),
+    ],
+)
+def test_generators_that_cannot_be_trained_are_refused(generator, message, images, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(images, tmp_path / "run", generator=generator())
+
+
+def test_held_out_classes_must_have_the_same_names(images, tmp_path):
+    other = images.cast_column("label", ClassLabel(names=["right", "left", "middle"]))
+    with pytest.raises(ValueError, match=r"same classes in the same order.*'left'.*'right'"):
+        DriftingTrainer(
+            tiny_generator(), DriftingObjective(Pixels()), images, DriftingConfig(str(tmp_path / "run"), **SMALL), eval_dataset=other
+        )
 
 
 def test_config_is_frozen():

@@ -41,13 +41,20 @@ RULES: dict[str, Rule] = {
     **_at_least(1, "max_steps", "labels_per_step", "positives_per_label", "bank_size", "unconditional_bank_size", "push_per_step"),
     **_at_least(1, "guidance_max", "logging_steps", "save_steps", "save_total_limit"),
     **_at_least(2, "generated_per_label", "eval_samples_per_class"),
-    **dict.fromkeys(("learning_rate", "max_grad_norm"), ("be above 0", lambda value: value > 0)),
+    "learning_rate": ("be at least 1e-6, where the warm-up starts", lambda value: value >= 1e-6),
+    "max_grad_norm": ("be above 0", lambda value: value > 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), ("lie in [0, 1)", lambda value: 0 <= value < 1)),
     "unguided_share": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
     "lr_scheduler_type": _one_of("constant", "cosine"),
     "mixed_precision": _one_of("no", "bf16"),
 }
 """What a value must be, in words and as a test."""
+
+ORDER = (
+    ("warmup_steps", "max_steps", "the learning rate would never be reached"),
+    ("positives_per_label", "bank_size", "samples would be drawn twice"),
+    ("unconditional_per_label", "unconditional_bank_size", "samples would be drawn twice"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,9 @@ class DriftingConfig:
     bank_size: int = _described(128, "real samples kept per class")
     unconditional_bank_size: int = _described(1000, "real samples of any class kept")
     push_per_step: int = _described(64, "fresh real samples pushed into the banks per step")
+    cache_features: bool = _described(
+        False, "keep the features of banked images instead of the images: exact while feature maps are frozen, faster, more memory"
+    )
     random_flip: bool = _described(False, "mirror half of the real images")
 
     guidance_max: float = _described(4.0, "largest guidance scale seen in training; the least is 1")
@@ -93,15 +103,30 @@ class DriftingConfig:
     logging_steps: int = _described(10, "steps between log lines")
     eval_steps: int = _described(500, "steps between evaluations; 0 for none before the end")
     eval_samples_per_class: int = _described(100, "generated samples per class in an evaluation")
-    preview_steps: int = _described(500, "steps between preview pictures; 0 for none")
+    preview_steps: int = _described(500, "steps between preview pictures; 0 for none, else there is always one at the end")
     save_steps: int = _described(1_000, "steps between checkpoints; there is always one at the end")
     save_total_limit: int = _described(2, "newest checkpoints kept")
 
     def __post_init__(self):
+        for entry in dataclasses.fields(self):
+            self._check_type(entry)
         for name, (words, holds) in RULES.items():
             if not holds(getattr(self, name)):
                 meaning = self.__dataclass_fields__[name].metadata["help"]
                 raise ValueError(f"{name} must {words}, got {getattr(self, name)!r} ({meaning})")
+        for small, large, why in ORDER:
+            if getattr(self, small) > getattr(self, large):
+                raise ValueError(f"{small} must be at most {large}, got {getattr(self, small)} and {getattr(self, large)}: {why}")
+
+    def _check_type(self, entry: dataclasses.Field) -> None:
+        """Values come from YAML and command lines too: "1e-3" is no number there, and "false" would be true."""
+        value = getattr(self, entry.name)
+        if entry.type is float and isinstance(value, int) and not isinstance(value, bool):
+            return
+        if entry.type in (bool, int, float, str) and type(value) is not entry.type:
+            raise TypeError(f"{entry.name} must be {entry.type.__name__}, got {type(value).__name__} {value!r} ({entry.metadata['help']})")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{entry.name} must be finite, got {value!r} ({entry.metadata['help']})")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -114,6 +139,8 @@ class DriftingConfig:
     def differences(self, other: "DriftingConfig") -> dict[str, tuple[Any, Any]]:
         """What another run chose differently and cannot be changed on resuming: name -> (here, there)."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        if self.lr_scheduler_type == "constant" and self.max_steps > other.max_steps:
+            theirs["max_steps"] = self.max_steps  # a longer run with the same beginning
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name] and name not in (*CHANGEABLE, "output_dir")}
 
 

@@ -67,58 +67,6 @@ def compare(
     }
 
 
-class SmallClassifier(nn.Sequential):
-    """Three convolutions and a linear layer: a judge that trains in a minute, for small images [n, c, h, w] in [-1, 1] with sides of 8 or more."""
-
-    def __init__(self, in_channels: int, num_classes: int, width: int = 32):
-        block = lambda i, o: (nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        super().__init__(
-            *block(in_channels, width),
-            nn.MaxPool2d(2),
-            *block(width, 2 * width),
-            nn.MaxPool2d(2),
-            *block(2 * width, 4 * width),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Dropout(0.2),
-            nn.Linear(16 * width, num_classes),
-        )
-
-
-def train_classifier(
-    images: Float[Tensor, "n c h w"],
-    labels: Int[Tensor, " n"],
-    *,
-    generator: torch.Generator,
-    epochs: int = 8,
-    batch_size: int = 128,
-    learning_rate: float = 4e-3,
-    on_step: Callable[[], object] = lambda: None,
-) -> SmallClassifier:
-    """A classifier of these real images, mirrored at random; frozen and in evaluation mode.
-
-    Its initial weights come from torch's global generator; the order of the images from `generator`. `on_step` is called after every batch.
-    """
-    model = SmallClassifier(images.shape[1], int(labels.max()) + 1)
-    steps = epochs * (len(images) // batch_size)
-    if not steps:
-        raise ValueError(f"{len(images)} images do not fill one batch of {batch_size}; lower batch_size")
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    for _ in range(epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for chosen in order.split(batch_size)[: len(images) // batch_size]:
-            mirrored = torch.rand(len(chosen), 1, 1, 1, generator=generator) < 0.5
-            batch = torch.where(mirrored, images[chosen].flip(3), images[chosen])
-            loss = nn.functional.cross_entropy(model(batch), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            on_step()
-    return model.eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], batch_size: int = 500) -> float:
     """The share of images that the classifier gives their label."""

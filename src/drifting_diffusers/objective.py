@@ -1,5 +1,7 @@
 r"""The training objective: images -> features -> field -> loss. One drift loss per feature map, summed (arXiv 2602.04770, section 3.4 and A.5)."""
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +38,20 @@ class DriftingObjective:
         self.feature_maps = [features] if callable(features) else list(features)
         self.field = field
         self.ignored: set[str] = set()
+        self._packed: dict[str, tuple[int, ...]] = {}  # shapes of the features in a packed vector
         if not self.feature_maps:
             raise ValueError("an objective needs at least one feature map; `Pixels()` is the simplest")
 
     def describe(self) -> dict[str, Any]:
-        """What is compared and how, as JSON; a feature map that is no module stands there by its name."""
-        named = lambda m: repr(m) if isinstance(m, nn.Module) else getattr(m, "__qualname__", type(m).__qualname__)
-        return {"features": [named(m) for m in self.feature_maps], "field": repr(self.field)}
+        """What is compared and how, as JSON that is the same in every process."""
+        return {"features": [described(feature_map) for feature_map in self.feature_maps], "field": described(self.field)}
+
+    def freeze(self, device: torch.device) -> None:
+        """Bring encoders among the feature maps to the device, into evaluation mode and out of training."""
+        for feature_map in self.feature_maps:
+            module = getattr(feature_map, "__self__", feature_map)  # of a bound method, as in `encoder.activations`
+            if isinstance(module, nn.Module):
+                module.to(device).eval().requires_grad_(False)
 
     def features(self, images: Float[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n l d"]]:
         """All features of the images by name, in float32: distances underflow in 16 bits."""
@@ -63,19 +72,26 @@ class DriftingObjective:
         A feature that carries nothing (a standard deviation over one pixel, a mean after a GroupNorm of one channel) has distances of rounding
         noise, and the field would blow that noise up to unit strength.
         """
-        constant = [
-            name
-            for name, values in self.features(images).items()
-            if bool(values.std(dim=0).amax() <= 1e-5 * values.abs().amax().clamp(min=1e-12))
-        ]
-        self.ignored.update(constant)
+        self.ignored = set()
+        found = self.features(images)
+        constant = [name for name, values in found.items() if bool(values.std(dim=0).amax() <= 1e-5 * values.abs().amax().clamp(min=1e-12))]
+        if len(constant) == len(found):
+            raise ValueError(f"every feature is the same for all {len(images)} images: {constant}; there is nothing to learn from")
+        self.ignored = set(constant)
         return constant
+
+    @torch.no_grad()
+    def pack(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f"]:
+        """All features of each image as one vector, for a bank that keeps features instead of images. Exact while feature maps are frozen."""
+        found = self.features(images)
+        self._packed = {name: tuple(values.shape[1:]) for name, values in found.items()}
+        return torch.cat([values.flatten(1) for values in found.values()], dim=1)
 
     def __call__(
         self,
         generated: Float[Tensor, "l n c h w"],
-        positives: Float[Tensor, "l p c h w"],
-        negatives: Float[Tensor, "l m c h w"] | None = None,
+        positives: Float[Tensor, "l p *image"],
+        negatives: Float[Tensor, "l m *image"] | None = None,
         negative_weights: Float[Tensor, " l"] | None = None,
         mean: Mean = batch_mean,
     ) -> tuple[Float[Tensor, ""], dict[str, Measured]]:
@@ -83,8 +99,8 @@ class DriftingObjective:
 
         Args:
             generated: n samples per label.
-            positives: p real images per label.
-            negatives: m unconditional real images per label.
+            positives: p real images per label, [l, p, c, h, w], or their packed features, [l, p, f].
+            negatives: m unconditional real images per label, or their packed features.
             negative_weights: the mass of each label's negatives; see `unconditional_weight`.
             mean: how means over the whole step are taken.
         """
@@ -104,7 +120,34 @@ class DriftingObjective:
             measured[name] = Measured(loss.detach(), drift.distance, drift.strength)
         return total, measured
 
-    def _by_label(self, images: Float[Tensor, "l n c h w"]) -> dict[str, Float[Tensor, "b n d"]]:
-        """Features with one problem per (label, location): [l n, t, d] -> [l t, n, d]."""
-        found = self.features(images.flatten(0, 1))
-        return {name: values.unflatten(0, images.shape[:2]).transpose(1, 2).flatten(0, 1) for name, values in found.items()}
+    def _by_label(self, samples: Tensor) -> dict[str, Float[Tensor, "b n d"]]:
+        """Features of images [l, n, c, h, w] or packed features [l, n, f], with one problem per (label, location): [l t, n, d]."""
+        found = self._unpack(samples.flatten(0, 1)) if samples.ndim == 3 else self.features(samples.flatten(0, 1))
+        return {name: values.unflatten(0, samples.shape[:2]).transpose(1, 2).flatten(0, 1) for name, values in found.items()}
+
+    def _unpack(self, vectors: Float[Tensor, "n f"]) -> dict[str, Float[Tensor, "n l d"]]:
+        sizes = [locations * channels for locations, channels in self._packed.values()]
+        if sum(sizes) != vectors.shape[1]:
+            raise ValueError(
+                f"packed features have {sum(sizes)} numbers per image here, got {vectors.shape[1]}; pack them with this objective"
+            )
+        parts = vectors.split(sizes, dim=1)
+        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self._packed.items(), parts, strict=True)}
+
+
+def described(value: Any) -> Any:
+    """A choice as JSON: dataclasses by their fields, functions by their names, modules by their structure and a few of their weights."""
+    if dataclasses.is_dataclass(value):
+        return {"class": type(value).__qualname__} | {f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, nn.Module):
+        digest = hashlib.sha256()
+        for tensor in value.state_dict().values():
+            digest.update(tensor.flatten()[:16].double().cpu().numpy().tobytes())
+        return {"module": repr(value), "weights": digest.hexdigest()[:16]}
+    if isinstance(value, tuple | list):
+        return [described(item) for item in value]
+    if callable(value):
+        owner = getattr(value, "__self__", None)
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return {"of": described(owner), "method": name} if isinstance(owner, nn.Module) else name
+    return value

@@ -34,12 +34,14 @@ class RunFolder:
 
     def check(self) -> None:
         """Raises FileExistsError or ValueError if the folder belongs to something else than this run."""
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if self.path.is_file():
+            raise FileExistsError(f"output_dir {str(self.path)!r} is a file; choose a new or empty folder")
+        if not self.path.exists() or not any(p for p in self.path.iterdir() if p.suffix != ".partial"):
             return
         if not (self.path / CONFIG_NAME).exists():
             raise FileExistsError(f"output_dir {str(self.path)!r} holds other files and no run; choose a new or empty folder")
-        differences = self.config.differences(DriftingConfig.from_folder(self.path))
-        there = json.loads((self.path / SETUP_NAME).read_text())
+        there = _read(self.path / SETUP_NAME)
+        differences = self.config.differences(self._config_there())
         differences |= {name: (self.setup[name], there.get(name)) for name in self.setup if self.setup[name] != there.get(name)}
         if differences:
             listed = ", ".join(f"{name}={here} (there: {there})" for name, (here, there) in differences.items())
@@ -47,12 +49,18 @@ class RunFolder:
                 f"output_dir {str(self.path)!r} holds another run: {listed}; choose a new folder, or the old values to resume it"
             )
 
+    def _config_there(self) -> DriftingConfig:
+        try:
+            return DriftingConfig.from_folder(self.path)
+        except TypeError as error:  # a key that this version does not know
+            raise ValueError(f"{self.path / CONFIG_NAME} is of another version of this library: {error}; choose a new folder") from error
+
     def claim(self) -> None:
         """Write down config and setup, before any work."""
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / SETUP_NAME).write_text(json.dumps(self.setup, indent=2))
-        (self.path / CONFIG_NAME).write_text(self.config.to_json())
+        _write(self.path / SETUP_NAME, json.dumps(self.setup, indent=2))
+        _write(self.path / CONFIG_NAME, self.config.to_json())
 
     def checkpoints(self) -> dict[int, Path]:
         """The whole checkpoints by step, oldest first."""
@@ -83,13 +91,29 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
+        """All log lines; a last one that a killed run left half-written is not one."""
         log = self.path / "log.jsonl"
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def forget_after(self, step: int) -> None:
         """Drop log lines of steps that a killed run took beyond its last checkpoint: they are about to be taken again."""
         kept = [entry for entry in self.history() if entry["step"] <= step]
-        (self.path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        _write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is missing or broken, so it cannot be told whose run this is; choose a new folder") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def _to_disk(folder: Path) -> None:

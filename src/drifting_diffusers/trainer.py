@@ -1,5 +1,6 @@
 """The trainer conducts: order, devices, checkpoints, logs, previews. Every formula lives elsewhere."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -72,13 +73,20 @@ class DriftingTrainer:
                 f"guidance is learned from unconditional samples: unconditional_per_label={config.unconditional_per_label} and a generator "
                 f"with guidance_embedding={generator.config.guidance_embedding} do not go together; set both or neither"
             )
+        _check_generator(generator)
         self._model_config = generator.config
         self.train_data = self._images(generator, train_dataset)
         self.eval_data = self.train_data if eval_dataset is None else self._images(generator, eval_dataset)
         _check_held_out(self.eval_data)
-        self.labels = label_names(train_dataset, config.label_column) if generator.config.num_classes else None
-        shape = {name: value for name, value in generator.config.items() if not name.startswith("_")}
-        self.run = RunFolder(config, {"generator": shape, **objective.describe(), "images": len(train_dataset), "labels": self.labels})
+        names = [
+            label_names(d, config.label_column) if generator.config.num_classes else None
+            for d in (train_dataset, eval_dataset or train_dataset)
+        ]
+        if names[0] != names[1]:
+            raise ValueError(f"train_dataset and eval_dataset must have the same classes in the same order, got {names[0]} and {names[1]}")
+        self.labels = names[0]
+        objective.freeze(self.accelerator.device)
+        self.run = RunFolder(config, {"generator": _shape_of(generator), **objective.describe(), "data": _fingerprint(self.train_data)})
         if config.gradient_checkpointing:
             generator.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
@@ -92,11 +100,13 @@ class DriftingTrainer:
         self.schedule = LambdaLR(optimizer, lambda step: learning_rate_at(step, config) / config.learning_rate)
         # Not diffusers' EMAModel: that one ramps its decay and needs many times 1/(1 - decay) steps.
         self.ema = AveragedModel(self.accelerator.unwrap_model(self.generator), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        channels, shape = generator.config.in_channels, (generator.sample_height, generator.sample_width)
-        bank = lambda classes, size: SampleBank(classes, size, (channels, *shape), device=self.accelerator.device)
+        self._ignore_constant_features()
+        stored = tuple(self._stored(self.train_data[0][0][None]).shape[1:])
+        bank = lambda classes, size: SampleBank(classes, size, stored, device=self.accelerator.device)
         self.bank = bank(generator.config.num_classes or 1, config.bank_size)
         self.unconditional_bank = bank(1, config.unconditional_bank_size) if config.unconditional_per_label else None
         self.accelerator.register_for_checkpointing(*filter(None, (self.schedule, self.ema, self.bank, self.unconditional_bank)))
+        self.pipeline()  # what could not be saved in the end is refused now
         self.step = 0
         self.seconds = 0.0  # of training, evaluations and checkpoints included, over all sessions
         self.log_history: list[dict[str, Any]] = []
@@ -115,10 +125,10 @@ class DriftingTrainer:
 
     def train(self) -> dict[str, float]:
         """Train to `config.max_steps`, from the newest checkpoint in the output folder if there is one, and return the last evaluation."""
-        self.run.claim()
-        if not self._resume():
+        self._restore()
+        if self.step == 0:
+            self.run.forget_after(0)  # of a run that was killed before its first checkpoint
             self._fill_banks()
-        self._ignore_constant_features()
         self.accelerator.print(LOSS_NOTICE)
         if self.eval_data is self.train_data:
             self.accelerator.print("No eval_dataset: distances are to training images, so they do not see memorisation.")
@@ -145,8 +155,9 @@ class DriftingTrainer:
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.generator.parameters(), config.max_grad_norm))
         if not torch.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient of step {self.step} is not finite (norm {float(norm)}); lower learning_rate or look for a feature that divides by zero. "
-                f"The last checkpoint in {self.run.path} is sound"
+                f"the gradient of step {self.step} is not finite (norm {float(norm)}): a feature divides by zero or takes a root at 0, or the "
+                f"learning rate is too high for this objective (a lower one is another run: choose a new output_dir). "
+                f"Sound checkpoints of steps {list(self.run.checkpoints())} are in {self.run.path}"
             )
         learning_rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
@@ -219,13 +230,19 @@ class DriftingTrainer:
         if self.config.random_flip:
             mirrored = torch.rand(len(images), 1, 1, 1, generator=rng) < 0.5
             images = torch.where(mirrored, images.flip(3), images)
-        self.bank.push(images, labels)
+        samples = self._stored(images)
+        self.bank.push(samples, labels)
         if self.unconditional_bank is not None:
-            self.unconditional_bank.push(images, torch.zeros_like(labels))
+            self.unconditional_bank.push(samples, torch.zeros_like(labels))
+
+    def _stored(self, images: Tensor) -> Tensor:
+        """What a bank keeps of images."""
+        images = images.to(self.accelerator.device)
+        return self.objective.pack(images) if self.config.cache_features else images
 
     def _ignore_constant_features(self) -> None:
-        images = self.bank.samples[:, : int(self.bank.count.min())].flatten(0, 1)[:256]
-        constant = self.objective.ignore_constant(images)
+        some = self.train_data.starters(1 + 255 // len(np.unique(self.train_data.labels)), seed=self.config.seed)[:256]
+        constant = self.objective.ignore_constant(self.train_data.gather(some)[0].to(self.accelerator.device))
         if constant:
             self.accelerator.print(f"These features are the same for every image and are left out of the loss: {constant}")
 
@@ -237,18 +254,21 @@ class DriftingTrainer:
     # -- checkpoints and logs
 
     def _after_step(self, outcome: dict[str, Any], bar: tqdm) -> None:
-        config = self.config
-        due = lambda every: every and self.step % every == 0
-        last = self.step == config.max_steps
-        if due(config.logging_steps) or last:
+        config, last = self.config, self.step == self.config.max_steps
+        if self.step % config.logging_steps == 0 or last:
             self._log(_scalars(outcome))
-        if due(config.eval_steps) and not last:
-            found = self.evaluate()
+        if self.step % config.save_steps == 0 or last:  # before anything that a user's code may break
+            self.run.save_checkpoint(self.step, self._save_state)
+        found = self._look()
+        if found:
             bar.set_postfix_str(f"energy {found['energy']:.2f} (real {found['energy_real']:.2f})")
-        if due(config.preview_steps) or last:
+
+    def _look(self) -> dict[str, float] | None:
+        """The evaluation and preview that are due at this step."""
+        due = lambda every: every and (self.step % every == 0 or self.step == self.config.max_steps)
+        if due(self.config.preview_steps):
             self._preview()
-        if due(config.save_steps) or last:
-            self.run.save_checkpoint(self.step, lambda folder: self._save_state(folder))
+        return self.evaluate() if due(self.config.eval_steps) else None
 
     def _log(self, entry: dict[str, float]) -> None:
         entry = {"step": self.step, **entry}
@@ -259,31 +279,39 @@ class DriftingTrainer:
         self.accelerator.save_state(str(folder))
         (folder / "trainer_state.json").write_text(json.dumps({"step": self.step, "seconds": self.seconds}))
 
-    def _resume(self) -> bool:
-        """Load the newest whole checkpoint of this folder, if there is one."""
-        checkpoints = self.run.checkpoints()
-        if not checkpoints:
-            return False
-        self.step, folder = max(checkpoints.items())
-        self.accelerator.load_state(str(folder))
-        self.seconds = json.loads((folder / "trainer_state.json").read_text())["seconds"]
+    def _restore(self) -> None:
+        """Claim the folder, and load its newest checkpoint if that is ahead of what this trainer holds."""
+        self.run.claim()
+        newest, folder = max(self.run.checkpoints().items(), default=(0, self.run.path))
+        if newest <= self.step:
+            return
+        try:
+            self.accelerator.load_state(str(folder))
+            self.seconds = json.loads((folder / "trainer_state.json").read_text())["seconds"]
+        except Exception as error:
+            raise RuntimeError(
+                f"the checkpoint {folder} cannot be read ({error}); remove this folder to go on from the one before"
+            ) from error
+        self.step = newest
         self.run.forget_after(self.step)
         self.log_history = self.run.history()
         self.accelerator.print(f"Resuming from {folder}")
-        return True
+        self._look()  # it may have been killed between the checkpoint and these
 
     # -- drawing
 
     def pipeline(self, vae: Any = None) -> DriftingPipeline:
-        """The pipeline of the averaged weights; a decoder for latents can be given. It shares its weights with the trainer."""
+        """The pipeline of the averaged weights; a decoder for latents can be given. It shares its weights with the trainer: copy it before a cast."""
         return DriftingPipeline(transformer=cast(DriftingGenerator, self.ema.module), vae=vae, labels=self.labels)
 
     def sample(self, class_labels: Any = None, **kwargs: Any) -> Any:
         """Images of the averaged generator, as `DriftingPipeline.__call__` makes them."""
+        self._restore()
         return self.pipeline()(class_labels, **kwargs)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Save the pipeline of the averaged weights, into `pipeline/` of the run if no folder is given, and return the folder."""
+        self._restore()
         folder = Path(output_dir) if output_dir else self.run.path / "pipeline"
         self.pipeline().save_pretrained(folder)
         return folder
@@ -299,17 +327,26 @@ class DriftingTrainer:
         return torch.cat(parts)
 
     def evaluate(self) -> dict[str, float]:
-        """Distances of generated samples to held-out images, logged; see `compare`. Always the same noise, so that curves are smooth."""
-        each = self.config.eval_samples_per_class
-        images, labels = self.eval_data.per_class(2 * each)
+        """Distances of generated samples to held-out images at this step; see `compare`. Always the same noise, so that curves are smooth.
+
+        Half of the held-out images of a class are the reference, the other half the control, and as many are generated as the control has. The
+        result is logged; a second call at the same step returns the logged one.
+        """
+        self._restore()
+        done = [entry for entry in self.log_history if entry["step"] == self.step and "energy" in entry]
+        if done:
+            return {name: value for name, value in done[-1].items() if name != "step"}
+        images, labels = self.eval_data.per_class(2 * self.config.eval_samples_per_class)
         reference, control = _halves(labels)
-        wanted = labels.unique().repeat_interleave(each)
+        wanted = labels[control]
         generated = self.generate(wanted, rng=self._rng(EVAL, 0))
-        found = compare((generated, wanted), (images[reference], labels[reference]), (images[control], labels[control]))
-        if self.compute_metrics:
-            found |= self.compute_metrics(generated, wanted)
-        self._log(found)
-        return found
+        found = compare((generated, wanted), (images[reference], labels[reference]), (images[control], wanted))
+        extra = {name: float(value) for name, value in self.compute_metrics(generated, wanted).items()} if self.compute_metrics else {}
+        clash = extra.keys() & {*found, "step"}
+        if clash:
+            raise ValueError(f"compute_metrics returned {sorted(clash)}, which are the trainer's own names; choose others")
+        self._log(found | extra)
+        return found | extra
 
     def _preview(self) -> None:
         """A grid of up to 10 classes, one per column, always from the same noise."""
@@ -319,6 +356,27 @@ class DriftingTrainer:
         folder = self.run.path / "previews"
         folder.mkdir(exist_ok=True)
         make_image_grid(images, rows=4, cols=len(classes)).save(folder / f"step-{self.step:06d}.png")
+
+
+def _check_generator(generator: DriftingGenerator) -> None:
+    channels = (generator.config.in_channels, generator.out_channels)
+    if channels not in ((1, 1), (3, 3)):
+        raise ValueError(
+            f"images have 1 or 3 channels and so must noise and samples, got {channels}; build the generator with in_channels=1 or 3"
+        )
+    if generator.dtype != torch.float32 or not all(p.requires_grad for p in generator.parameters()):
+        raise ValueError(f"the generator must be trainable and in float32, got {generator.dtype}; for bfloat16 set mixed_precision")
+
+
+def _shape_of(generator: DriftingGenerator) -> dict[str, Any]:
+    return {name: value for name, value in generator.config.items() if not name.startswith("_")}
+
+
+def _fingerprint(data: LabelledImages) -> dict[str, Any]:
+    """Enough to tell one dataset from another: its labels in order, and its first and last image."""
+    ends = torch.stack([data[0][0], data[len(data) - 1][0]])
+    digest = lambda array: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+    return {"images": len(data), "labels": digest(data.labels), "first_and_last": digest(ends.numpy())}
 
 
 def _check_held_out(data: LabelledImages) -> None:
