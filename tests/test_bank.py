@@ -103,6 +103,25 @@ def test_state_round_trip(rng):
         SampleBank(3, 5, (2,)).load_state_dict(bank.state_dict())
 
 
+def test_a_loaded_bank_goes_on_where_the_saved_one_stopped():
+    bank, other = SampleBank(1, 3, (1,)), SampleBank(1, 3, (1,))
+    bank.push(torch.arange(4.0)[:, None], torch.zeros(4, dtype=torch.long))  # 3, 1, 2: the next one goes to place 1
+    other.load_state_dict(bank.state_dict())
+    for each in (bank, other):
+        each.push(torch.tensor([[9.0]]), torch.tensor([0]))
+        assert each.samples[0, :, 0].tolist() == [3.0, 9.0, 2.0]
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    ("labels", "n", "message"),
+    [([0], 0, "n must be at least 1, got 0"), ([0], -1, "n must be at least 1, got -1"), ([], 1, "labels are empty")],
+)
+def test_a_draw_of_nothing_is_refused(labels, n, message, rng):
+    with pytest.raises(ValueError, match=message):
+        filled().draw(torch.tensor(labels, dtype=torch.long), n, generator=rng)
+
+
 def test_dtype_is_kept():
     bank = SampleBank(1, 2, (2,), dtype=torch.float16)
     bank.push(torch.ones(1, 2), torch.tensor([0]))

@@ -385,6 +385,32 @@ def test_t24_only_the_antisymmetric_field_rests_at_the_data():
     assert wide > 2
 
 
+# --- shapes ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positive_weights": torch.ones(1, 20)}, r"positive_weights must be one mass per sample, \[2, 20\], got \[1, 20\]; expand them"),
+        ({"positive_weights": torch.ones(20)}, r"positive_weights must be .* got \[20\]"),
+        ({"negative_weights": torch.ones(1, 24)}, r"negative_weights must be one mass per sample, \[2, 24\], got \[1, 24\]"),
+        ({"negative_weights": torch.ones(2, 20)}, r"negative_weights must be .* got \[2, 20\]"),
+        ({"own": -1}, r"own must lie in \[0, 16\], got -1"),
+        ({"own": 17}, r"own must lie in \[0, 16\], got 17"),
+        ({"own": 11, "negatives": torch.zeros(2, 10, 3)}, r"own must lie in \[0, 10\], got 11"),
+        ({"positives": torch.zeros(1, 20, 3)}, r"positives must have the problems .* x \[2, 16, 3\], got \[1, 20, 3\]"),
+        ({"negatives": torch.zeros(24, 3)}, r"negatives must have .* got \[24, 3\]"),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(changes, message):
+    x, p, q = clouds(0, 3)
+    with pytest.raises(ValueError, match=message):
+        DriftingField()(x, **({"positives": p, "negatives": q} | changes))
+    with pytest.raises(ValueError, match=r"x must be \[problems, samples, dimensions\] or \[samples, dimensions\], got \[3\]"):
+        DriftingField()(x[0, 0], positives=p, negatives=q)
+
+
 # --- precision and the batch -------------------------------------------------------------------------------------------------------------
 
 

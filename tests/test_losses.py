@@ -273,6 +273,14 @@ def test_bad_input_is_refused_with_the_value_got(unchecked, what):
         drift_loss(arguments.pop("generated"), arguments.pop("positives"), arguments.pop("negatives", None), **arguments)
 
 
+@pytest.mark.usefixtures("as_users_see_it")
+def test_the_blame_reads_samples_that_need_a_gradient():
+    """As in training. Warnings are errors here, and reading the value of a tensor that needs a gradient warns."""
+    x, p, *_ = cloud()
+    with pytest.raises(ValueError, match=r"overflow float32: the largest value is 3e\+25"):
+        drift_loss(put(x.float(), 3e25).requires_grad_(), p.float())
+
+
 def test_shapes_are_types():
     x, p, *_ = cloud()
     with pytest.raises(jaxtyping.TypeCheckError):
@@ -287,6 +295,11 @@ def test_shapes_are_types():
         ({"temperatures": (0.0,)}, r"temperatures .* got \(0.0,\); the paper's are \(0.02, 0.05, 0.2\)"),
         ({"temperatures": (float("nan"),)}, r"temperatures must be .* got \(nan,\)"),
         ({"temperatures": (float("inf"),)}, r"temperatures must be .* got \(inf,\)"),
+        ({"temperatures": ("0.2",)}, r"temperatures must be .* got \('0.2',\)"),
+        ({"temperatures": (0.2, 1e-39)}, r"temperatures must be above 2.96\d*e-37, got \(0.2, 1e-39\): .* overflows float32"),
+        ({"distance_floor": 0.0}, r"distance_floor must be finite and above 0, got 0.0: .* the release has 0.001"),
+        ({"strength_floor": float("nan")}, r"strength_floor must be finite and above 0, got nan: .* the release has 1e-08"),
+        ({"strength_floor": -1.0}, r"strength_floor must be .* got -1.0"),
         ({"affinity_floor": -1e-3}, r"affinity_floor must lie in \[0, 1\), got -0.001; the release has 1e-3"),
         ({"affinity_floor": 1.0}, r"affinity_floor must lie in \[0, 1\), got 1.0"),
         ({"self_mask": -1.0}, r"self_mask must be finite and at least 0, got -1.0"),
@@ -298,6 +311,19 @@ def test_shapes_are_types():
 def test_impossible_fields_are_refused(unchecked, parameters, message):
     with pytest.raises(ValueError, match=message):
         DriftingField(**parameters)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_one_temperature_is_a_tuple_too():
+    with pytest.raises(TypeError, match=r"temperatures must be a tuple of numbers, got 0.2; write \(0.2,\) for a single one"):
+        DriftingField(0.2)
+
+
+def test_the_least_temperature_still_gives_finite_velocities():
+    """One sample alone: its only negative is itself, masked, so its whole column is one masked logit."""
+    x = torch.zeros(1, 1, 2)
+    drift = DriftingField((3e-37,))(x, positives=x + 1, negatives=x)
+    assert torch.isfinite(drift.velocity).all()
 
 
 # --- foreign fields ----------------------------------------------------------------------------------------------------------------------

@@ -60,8 +60,13 @@ class SampleBank:
         """N samples of each label: distinct ones where the bank holds n of that class, else with repeats.
 
         Raises:
+            ValueError: for no labels, labels that do not fit the bank, or n below 1.
             LookupError: for a class of which no sample was pushed yet. Zeros would train on black images.
         """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}: to draw nothing, do not call draw")
+        if not len(labels):
+            raise ValueError("labels are empty: give at least one class to draw from")
         self._check_labels(labels)
         missing = sorted({int(label) for label in labels if self.count[label] == 0})
         if missing:

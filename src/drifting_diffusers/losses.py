@@ -109,6 +109,7 @@ def _check_masses(name: str, w: Tensor, points: Tensor | None) -> None:
 
 def _blame(distance: Tensor, samples: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> str:
     """Why the mean distance is not finite."""
+    samples, weights = ({name: None if t is None else t.detach() for name, t in given.items()} for given in (samples, weights))
     for name, values in (samples | weights).items():
         if values is not None and not torch.isfinite(values).all():
             bad = int((~torch.isfinite(values)).sum())

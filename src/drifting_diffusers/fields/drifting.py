@@ -16,8 +16,9 @@ shrinks: for particles, switch `normalise_force` off.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,16 +63,19 @@ class DriftingField:
     coupling: Coupling = two_sided_softmax
 
     def __post_init__(self):
-        if not self.temperatures or not all(math.isfinite(t) and t > 0 for t in self.temperatures):
-            raise ValueError(
-                f"temperatures must be one or more finite numbers above 0, got {self.temperatures}; the paper's are (0.02, 0.05, 0.2)"
-            )
         if not 0 <= self.affinity_floor < 1:
             raise ValueError(f"affinity_floor must lie in [0, 1), got {self.affinity_floor}; the release has 1e-3, the paper's text 0")
         if not (math.isfinite(self.self_mask) and self.self_mask >= 0):
             raise ValueError(
                 f"self_mask must be finite and at least 0, got {self.self_mask}; use a large number such as 1e6 for a full mask"
             )
+        _check_temperatures(self.temperatures, self.self_mask)
+        for name in ("distance_floor", "strength_floor"):
+            if not _positive(getattr(self, name)):
+                raise ValueError(
+                    f"{name} must be finite and above 0, got {getattr(self, name)!r}: a collapsed batch is divided by it; the release has "
+                    f"{type(self).__dataclass_fields__[name].default:g}"
+                )
         for name, allowed in (("weights", ("after", "before")), ("grouping", ("batch", "problem"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -88,20 +92,27 @@ class DriftingField:
         own: int | None = None,
         mean: Mean = batch_mean,
     ) -> Drift:
-        """See `Field`."""
+        """See `Field`.
+
+        Raises:
+            ValueError: for shapes that do not fit each other, or `own` outside [0, min(n, m)].
+        """
         own = (x.shape[-2] if negatives is x else 0) if own is None else own
-        if x.ndim == 2:
-            one = lambda t: None if t is None else t[None]
-            drift = self(
-                x[None],
-                positives=positives[None],
-                negatives=negatives[None],
-                positive_weights=one(positive_weights),
-                negative_weights=one(negative_weights),
-                own=own,
-                mean=mean,
-            )
-            return Drift(drift.velocity[0], drift.unit, drift.distance, drift.strength)
+        _check_shapes(x, positives, negatives, positive_weights, negative_weights, own)
+        one: Any = lambda t: t[None] if t is not None and x.ndim == 2 else t
+        drift = self._drift(one(x), one(positives), one(negatives), one(positive_weights), one(negative_weights), own, mean)
+        return replace(drift, velocity=drift.velocity[0]) if x.ndim == 2 else drift
+
+    def _drift(
+        self,
+        x: Tensor,
+        positives: Tensor,
+        negatives: Tensor,
+        positive_weights: Tensor | None,
+        negative_weights: Tensor | None,
+        own: int,
+        mean: Mean,
+    ) -> Drift:
         weights = _masses(negatives, negative_weights, positives, positive_weights)
         x, targets = in_float(x), torch.cat([in_float(negatives), in_float(positives)], dim=1)
         centre = targets.mean(dim=1, keepdim=True)  # distances and forces do not change, the rounding error of both does
@@ -142,6 +153,42 @@ class DriftingField:
         attraction = (positive * negative.sum(-1, keepdim=True)) @ targets[:, m:]  # (b, n, p) @ (b, p, d)
         repulsion = (negative * positive.sum(-1, keepdim=True)) @ targets[:, :m]  # (b, n, m) @ (b, m, d)
         return attraction, repulsion
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and float(value) > 0
+
+
+def _check_temperatures(temperatures: Any, self_mask: float) -> None:
+    if not isinstance(temperatures, tuple | list):
+        raise TypeError(f"temperatures must be a tuple of numbers, got {temperatures!r}; write ({temperatures!r},) for a single one")
+    if not temperatures or not all(map(_positive, temperatures)):
+        raise ValueError(f"temperatures must be one or more finite numbers above 0, got {temperatures}; the paper's are (0.02, 0.05, 0.2)")
+    least = (1 + self_mask) / torch.finfo(torch.float32).max
+    if min(temperatures) <= least:  # logits, the masked ones too, are distances over temperatures
+        raise ValueError(
+            f"temperatures must be above {least:g}, got {temperatures}: a masked distance over a smaller one overflows float32"
+        )
+
+
+def _check_shapes(
+    x: Tensor, positives: Tensor, negatives: Tensor, positive_weights: Tensor | None, negative_weights: Tensor | None, own: int
+) -> None:
+    """Of shapes alone, so that no device is waited for. Masses that would merely broadcast give wrong means in silence."""
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x must be [problems, samples, dimensions] or [samples, dimensions], got {list(x.shape)}")
+    for name, points, masses in (("positive", positives, positive_weights), ("negative", negatives, negative_weights)):
+        if points.ndim != x.ndim or (points.shape[:-2], points.shape[-1]) != (x.shape[:-2], x.shape[-1]):
+            raise ValueError(
+                f"{name}s must have the problems and dimensions of x {list(x.shape)}, got {list(points.shape)}; only the number of samples may differ"
+            )
+        if masses is not None and masses.shape != points.shape[:-1]:
+            raise ValueError(
+                f"{name}_weights must be one mass per sample, {list(points.shape[:-1])}, got {list(masses.shape)}; expand them first"
+            )
+    most = min(x.shape[-2], negatives.shape[-2])
+    if not 0 <= own <= most:
+        raise ValueError(f"own must lie in [0, {most}], got {own}: it counts the leading negatives that are the queries themselves")
 
 
 def _masses(negatives: Tensor, negative_weights: Tensor | None, positives: Tensor, positive_weights: Tensor | None) -> Tensor | None:
