@@ -309,9 +309,24 @@ def test_lora(tmp_path):
         ({"attention_head_dim": 7}, "attention_head_dim must be even, got 7"),
         ({"activation": "relu"}, "got 'relu'"),
         ({"norm_type": "batch_norm"}, "got 'batch_norm'"),
-        ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
+        ({"sample_size": 0}, "sample_size must be at least 1, got 0 x 0"),
+        ({"num_classes": -1}, "num_classes must be an integer of at least 0, got -1; 0 makes an unconditional"),
+        ({"in_channels": 0}, "in_channels must be an integer of at least 1, got 0"),
+        ({"out_channels": 0}, "out_channels must be .* at least 1, got 0; leave it out for those of the noise"),
+        ({"condition_dim": 0}, "condition_dim must be .* at least 1, got 0; leave it out for the width"),
+        ({"num_layers": 0}, "num_layers must be .* at least 1, got 0"),
+        ({"num_layers": 1.5}, "num_layers must be an integer of at least 1, got 1.5"),
+        ({"num_layers": None}, "num_layers must be an integer of at least 1, got None"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be .* at least 1, got 0"),
+        ({"attention_head_dim": 0}, "attention_head_dim must be .* at least 2, got 0"),
+        ({"num_class_tokens": -1}, "num_class_tokens must be .* at least 0, got -1; 0 switches them off"),
+        ({"num_style_tokens": -1}, "num_style_tokens must be .* at least 0, got -1; 0 switches them off"),
+        ({"style_codebook_size": 0}, "style_codebook_size must be .* at least 1, got 0; num_style_tokens=0"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio must be finite and above 0, got 0.0"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio must be finite and above 0, got nan"),
     ],
 )
+@pytest.mark.usefixtures("as_users_see_it")
 def test_configurations_that_cannot_be(config, message):
     with pytest.raises(ValueError, match=message):
         DriftingGenerator(**SMALL | config)
@@ -328,8 +343,20 @@ def test_configurations_that_cannot_be(config, message):
         ({"style_labels": None}, "style_labels are needed"),
         ({"style_labels": torch.zeros(3, 2, dtype=torch.long)}, r"style_labels must have shape \[3, 3\], got \[3, 2\]"),
         ({"style_labels": torch.full((3, 3), 4)}, r"style_labels must lie in \[0, 4\)"),
+        ({"noise": torch.zeros(0, 2, 8, 8)}, r"noise must hold at least one sample, got \[0, 2, 8, 8\]"),
+        ({"guidance_scale": 0}, r"guidance_scale must be finite and above 0 \(1 is no guidance\), got 0"),
+        ({"guidance_scale": -2.0}, "guidance_scale must be finite and above 0 .* got -2.0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite and above 0 .* got nan"),
+        ({"guidance_scale": "1.5"}, "guidance_scale must be finite and above 0 .* got '1.5'"),
+        (
+            {"guidance_scale": torch.tensor([1.0, torch.inf, 1.0])},
+            r"guidance_scale must be finite and above 0 .* got tensor\(\[1., inf, 1.\]\)",
+        ),
+        ({"guidance_scale": torch.tensor([1.0, 0.0, 1.0])}, "guidance_scale must be finite and above 0"),
+        ({"guidance_scale": torch.ones(2)}, r"guidance_scale must be one number or one per sample, \[3\], got \[2\]"),
     ],
 )
+@pytest.mark.usefixtures("as_users_see_it")
 def test_inputs_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         draw(small(), **change)
@@ -342,3 +369,12 @@ def test_inputs_a_generator_was_not_built_for():
         draw(small(num_style_tokens=0), style_labels=torch.zeros(3, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"without guidance_embedding, so guidance_scale must stay 1.0, got 2.0"):
         draw(small(guidance_embedding=False), guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"without guidance_embedding"):
+        draw(small(guidance_embedding=False), guidance_scale=float("nan"))
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("one", [1, np.float32(1), np.float64(1), np.int64(1)], ids=repr)
+def test_a_scale_of_one_of_any_kind_is_no_guidance(one):
+    for model in (small(), small(guidance_embedding=False)):
+        assert_close(draw(model, guidance_scale=one), draw(model, guidance_scale=1.0))

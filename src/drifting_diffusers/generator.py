@@ -3,6 +3,9 @@ r"""The one-step generator x = f(noise; class, guidance scale, style): a diffusi
 The path of this module is file format: diffusers writes it into every published `model_index.json`.
 """
 
+import math
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -161,19 +164,15 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
     ):
         super().__init__()
         height, columns = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        _check_config(height, columns, patch_size, attention_head_dim, activation, norm_type, num_classes)
+        _check_numbers(self.config)
+        _check_config(height, columns, patch_size, attention_head_dim, activation, norm_type)
         self.sample_height, self.sample_width = height, columns
         self.grid = (height // patch_size, columns // patch_size)
         self.out_channels = out_channels or in_channels
         width = num_attention_heads * attention_head_dim
         condition_dim = condition_dim or width
 
-        self.class_embedding = nn.Embedding(num_classes, condition_dim) if num_classes else None
-        self.style_embedding = nn.Embedding(num_style_tokens * style_codebook_size, condition_dim) if num_style_tokens else None
-        if guidance_embedding:
-            self.guidance_fourier = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-            self.guidance_embedder = TimestepEmbedding(256, condition_dim)
-            self.guidance_norm = nn.RMSNorm(condition_dim, eps=EPS)
+        self._embed_condition(condition_dim)
         self.patch_proj = nn.Linear(patch_size**2 * in_channels, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], width))
         if num_class_tokens:
@@ -189,6 +188,17 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
         self.gradient_checkpointing = False
         self._initialise()
+
+    def _embed_condition(self, condition_dim: int) -> None:
+        """What `condition` adds up."""
+        config = self.config
+        self.class_embedding = nn.Embedding(config.num_classes, condition_dim) if config.num_classes else None
+        entries = config.num_style_tokens * config.style_codebook_size
+        self.style_embedding = nn.Embedding(entries, condition_dim) if entries else None
+        if config.guidance_embedding:
+            self.guidance_fourier = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+            self.guidance_embedder = TimestepEmbedding(256, condition_dim)
+            self.guidance_norm = nn.RMSNorm(condition_dim, eps=EPS)
 
     def _initialise(self) -> None:
         """Xavier for matrices, N(0, 0.02) for embeddings and the guidance MLP, sines for positions, zero where adaLN-zero says so."""
@@ -221,7 +231,7 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         Args:
             noise: standard normal.
             class_labels: in [0, num_classes); not given for an unconditional generator.
-            guidance_scale: one for all or one per sample; 1 is no guidance. Without `guidance_embedding` only 1 is possible.
+            guidance_scale: one for all or one per sample, finite and above 0; 1 is no guidance. Without `guidance_embedding` only 1 is possible.
             style_labels: `num_style_tokens` per sample, in [0, style_codebook_size), uniformly drawn in training.
             return_dict: whether to return an output with `.sample` or a tuple.
 
@@ -289,7 +299,38 @@ def _initialise_joint_matrices(model: nn.Module) -> None:
                 nn.init.xavier_uniform_(half)
 
 
-def _check_config(height: int, columns: int, patch_size: int, head_dim: int, activation: str, norm_type: str, num_classes: int) -> None:
+LEAST = {
+    "in_channels": 1, "out_channels": 1, "num_classes": 0, "num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 2, "condition_dim": 1,
+    "num_class_tokens": 0, "num_style_tokens": 0, "style_codebook_size": 1,
+}  # fmt: skip
+WAYS_OUT = {
+    "out_channels": "leave it out for those of the noise",
+    "condition_dim": "leave it out for the width of the model",
+    "num_classes": "0 makes an unconditional generator",
+    "num_class_tokens": "0 switches them off",
+    "num_style_tokens": "0 switches them off",
+    "style_codebook_size": "num_style_tokens=0 switches styles off",
+}
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    for name, least in LEAST.items():
+        value = config[name]
+        left_out = value is None and name in ("out_channels", "condition_dim")
+        if not left_out and not (isinstance(value, int) and value >= least):
+            hint = f"; {WAYS_OUT[name]}" if name in WAYS_OUT else ""
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}{hint}")
+    if not _finite_and_positive(config["mlp_ratio"]):
+        raise ValueError(f"mlp_ratio must be finite and above 0, got {config['mlp_ratio']!r}; the paper's is 4")
+
+
+def _finite_and_positive(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and float(value) > 0
+
+
+def _check_config(height: int, columns: int, patch_size: int, head_dim: int, activation: str, norm_type: str) -> None:
+    if min(height, columns) < 1:
+        raise ValueError(f"sample_size must be at least 1, got {height} x {columns}")
     if patch_size < 1 or height % patch_size or columns % patch_size:
         raise ValueError(f"patch_size must divide both sides of sample_size, got {patch_size} for {height} x {columns}")
     if head_dim % 2:
@@ -298,14 +339,14 @@ def _check_config(height: int, columns: int, patch_size: int, head_dim: int, act
         raise ValueError(f'activation must be "swiglu" or "gelu", got {activation!r}')
     if norm_type not in NORMS:
         raise ValueError(f"norm_type must be one of {tuple(NORMS)}, got {norm_type!r}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be at least 0, got {num_classes}; 0 makes an unconditional generator")
 
 
 def _check_inputs(
     model: DriftingGenerator, noise: Tensor, class_labels: Tensor | None, guidance_scale: Any, style_labels: Tensor | None
 ) -> None:
     config, b = model.config, len(noise)
+    if not b:
+        raise ValueError(f"noise must hold at least one sample, got {list(noise.shape)}: leave out the call for an empty batch")
     if noise.shape[1:] != (config.in_channels, model.sample_height, model.sample_width):
         raise ValueError(
             f"noise must be [b, {config.in_channels}, {model.sample_height}, {model.sample_width}], got {list(noise.shape)}; "
@@ -315,10 +356,24 @@ def _check_inputs(
     _check_labels(
         "style_labels", style_labels, [b, config.num_style_tokens], config.style_codebook_size, needed=config.num_style_tokens > 0
     )
-    if isinstance(guidance_scale, Tensor) and guidance_scale.ndim and guidance_scale.shape != (b,):
-        raise ValueError(f"guidance_scale must be one number or one per sample, [{b}], got {list(guidance_scale.shape)}")
-    if not config.guidance_embedding and not (isinstance(guidance_scale, int | float) and guidance_scale == 1):
-        raise ValueError(f"this generator was built without guidance_embedding, so guidance_scale must stay 1.0, got {guidance_scale}")
+    _check_guidance(guidance_scale, b, embedded=config.guidance_embedding)
+
+
+def _check_guidance(scale: Any, b: int, *, embedded: bool) -> None:
+    if not embedded:
+        if not (isinstance(scale, Real) and scale == 1):
+            raise ValueError(f"this generator was built without guidance_embedding, so guidance_scale must stay 1.0, got {scale}")
+        return
+    if isinstance(scale, Tensor) and scale.ndim and scale.shape != (b,):
+        raise ValueError(f"guidance_scale must be one number or one per sample, [{b}], got {list(scale.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(scale, Tensor):  # as with labels, values on a GPU are not looked at
+        fits = scale.device.type != "cpu" or bool((scale.isfinite() & (scale > 0)).all())
+    else:
+        fits = _finite_and_positive(scale)
+    if not fits:
+        raise ValueError(f"guidance_scale must be finite and above 0 (1 is no guidance), got {scale!r}")
 
 
 def _check_labels(name: str, labels: Tensor | None, shape: list[int], size: int, *, needed: bool) -> None:
