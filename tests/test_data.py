@@ -1,11 +1,12 @@
 """From a dataset to tensors: sizes, ranges, order, and what is refused before any work."""
 
+import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.testing import assert_close
 
@@ -28,7 +29,7 @@ def test_black_is_minus_one_and_white_is_one():
     assert_close(to_tensor(image, (1, 2), 1), torch.tensor([[[-1.0, 1.0]]]))
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "RGB"), (3, "L"), (3, "RGBA"), (4, "RGB")])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "RGB"), (3, "L"), (3, "RGBA"), (4, "RGBA"), (1, "LA"), (3, "1"), (3, "P"), (1, "CMYK")])
 def test_any_mode_becomes_the_channels_asked_for(channels, mode):
     tensor = to_tensor(PILImage.new(mode, (5, 7), color=0), (6, 4), channels)
     assert tensor.shape == (channels, 6, 4)
@@ -39,6 +40,72 @@ def test_the_centre_of_a_wide_image_is_kept():
     wide = np.zeros((10, 30), dtype=np.uint8)
     wide[:, 10:20] = 255
     assert to_tensor(PILImage.fromarray(wide), (10, 10), 1).min() > 0.99
+
+
+def test_resizing_is_lanczos():
+    """A column of white among black, three to one: the neighbours of what is kept count, and beyond the edge Lanczos swings below black."""
+    image = PILImage.fromarray(np.tile(np.array([0, 255, 0] * 4, dtype=np.uint8), (12, 1)))
+    expected = np.array(image.resize((4, 4), PILImage.Resampling.LANCZOS), dtype=np.float32)
+    assert_close(to_tensor(image, (4, 4), 1)[0], torch.from_numpy(expected) / 127.5 - 1)
+    assert to_tensor(image, (4, 4), 1).max() < 0  # the nearest pixel is white
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_keep_their_precision(kind, channels):
+    values = np.array([[0, 1, 32768, 65535]], dtype=kind)
+    image = PILImage.frombytes("I;16" if kind == "<u2" else "I;16B", (4, 1), values.tobytes())
+    expected = torch.from_numpy(values.astype(np.float32)) / 65535 * 2 - 1
+    assert_close(to_tensor(image, (1, 4), channels), expected.expand(channels, 1, 4))
+    assert_close(to_tensor(image, (1, 4), 1)[0, 0, [0, 3]], torch.tensor([-1.0, 1.0]), rtol=0, atol=0)
+
+
+def test_sixteen_bits_resized_stay_in_range():
+    values = np.zeros((16, 16), dtype=np.uint16)
+    values[:, 8:] = 65535
+    tensor = to_tensor(PILImage.fromarray(values), (12, 12), 1)
+    assert (tensor.min(), tensor.max()) == (-1, 1)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("I", 1), ("F", 3), ("LAB", 3)])
+def test_modes_without_a_known_range_are_refused(mode, channels):
+    wanted = {1: "L", 3: "RGB"}[channels]
+    with pytest.raises(
+        ValueError, match=rf"images of mode '{mode}' .*'L', .*scale the values to 0 ... 255 and image.convert\(\"{wanted}\"\) first"
+    ):
+        to_tensor(PILImage.new(mode, (4, 4)), (4, 4), channels)
+
+
+def transparent(mode: str) -> PILImage.Image:
+    """A black pixel that cannot be seen, a black one that can."""
+    image = PILImage.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    if mode == "P":
+        image = PILImage.new("P", (2, 1), 0)
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        image.putpixel((1, 0), 1)
+        image.info["transparency"] = 0
+        return image
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_white_shows_behind_what_is_transparent(mode, channels):
+    assert_close(to_tensor(transparent(mode), (1, 2), channels), torch.tensor([[[1.0, -1.0]]]).expand(channels, 1, 2))
+
+
+def test_four_channels_are_read_from_rgba_alone():
+    assert to_tensor(transparent("RGBA"), (1, 2), 4)[:, 0].tolist() == [[-1.0, -1.0]] * 3 + [[-1.0, 1.0]]
+    for mode in ("RGB", "LA", "I;16"):
+        with pytest.raises(ValueError, match=rf"4 channels must be of mode \"RGBA\", got '{mode}': image.convert"):
+            to_tensor(PILImage.new(mode, (4, 4)), (4, 4), 4)
+
+
+def test_images_are_turned_upright():
+    image = PILImage.fromarray(np.array([[0, 255]], dtype=np.uint8))
+    image.getexif()[0x0112] = 3  # upside down
+    assert_close(to_tensor(image, (1, 2), 1), torch.tensor([[[1.0, -1.0]]]))
 
 
 def test_latent_channels_are_refused():
@@ -104,6 +171,66 @@ def test_wrong_kinds_are_refused():
         view(dataset().remove_columns("label").add_column("label", ["x"] * 5))
     with pytest.raises(ValueError, match="empty"):
         view(dataset().select([]))
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("classes", [3, 1])
+def test_labels_below_0_are_rows_without_one(classes):
+    rows = Dataset.from_dict(
+        {"image": dataset()["image"], "label": [0, -1, 1, -1, 2]}, features=Features({"image": Image(), "label": Value("int64")})
+    )
+    with pytest.raises(ValueError, match=r"got -1 in column 'label'.*dataset.filter\(lambda row: row\['label'\] >= 0\)") as raised:
+        view(rows, num_classes=classes)
+    assert "num_classes" not in str(raised.value)
+
+
+def png(image: PILImage.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def column(entries, feature=None):
+    """Unlabelled data; entries as they lie in the file."""
+    return Dataset.from_dict({"image": entries}, features=feature and Features({"image": feature}))
+
+
+NOT_IMAGES = {
+    "paths": (lambda: column(["a.png"]), TypeError, r"row 0 of column 'image' must be an image, got str 'a.png': take dataset.cast_column\('image', datasets.Image\(\)\)"),
+    "undecoded": (lambda: dataset().cast_column("image", Image(decode=False)), TypeError, r"must be an image, got dict .*cast_column\('image', datasets.Image"),
+    "torch": (lambda: dataset().with_format("torch"), TypeError, r"must be an image, got Tensor: take dataset.with_format\(None\)"),
+    "numbers": (lambda: column([[[1.0]]]), TypeError, r"must be an image, got list .*with_format\(None\)"),
+    "nothing": (lambda: column([None], Image()), TypeError, r"row 0 of column 'image' must be an image, got None: leave such rows out, dataset.filter"),
+    "broken": (lambda: column([{"path": None, "bytes": b"no image"}], Image()), ValueError, r"row 0 of column 'image' cannot be read: cannot identify"),
+    "missing": (lambda: column(["/nowhere/a.png"], Image()), ValueError, r"row 0 of column 'image' cannot be read: .*nowhere/a.png"),
+    "float": (lambda: column([PILImage.new("I", (8, 8))], Image()), ValueError, r"row 0 of column 'image' cannot be read: images of mode 'I'"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("what", NOT_IMAGES)
+def test_what_is_no_image_is_refused_before_any_work(what):
+    build, kind, message = NOT_IMAGES[what]
+    with pytest.raises(kind, match=message):
+        view(build(), num_classes=0)
+
+
+def test_an_unreadable_row_is_named():
+    good = png(PILImage.new("RGB", (8, 8)))
+    for bad, kind, message in (
+        (b"no image", ValueError, "row 2 .* cannot be read"),
+        (good[:-30], ValueError, "row 2 .*"),
+        (None, TypeError, "row 2 .* got None"),
+    ):
+        rows = [{"path": None, "bytes": data} for data in (good, good)] + [bad and {"path": None, "bytes": bad}]
+        data = view(column(rows, Image()), num_classes=0)
+        for read in (lambda data=data: data.gather([1, 2]), lambda data=data: data[2]):
+            with pytest.raises(kind, match=message):
+                read()
+
+
+def test_the_rows_can_be_iterated():
+    assert [label for _, label in view(dataset())] == [0, 1, 0, 1, 2]
 
 
 def test_unconditional_data_need_no_labels():

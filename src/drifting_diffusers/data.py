@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +14,45 @@ from torch import Tensor
 from .shapes import Float, Int
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels of a sample -> the PIL mode its image is read in
+READABLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I;16", "I;16L", "I;16B", "I;16N")
+"""The PIL modes whose range of values is known. That of "I" and "F" is not: PIL would clip them to 0 and 255."""
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Float[Tensor, "c h w"]:
-    """The image in [-1, 1], its shorter side resized (Lanczos) and its centre cropped to (height, width) where it is not that size already."""
-    if channels not in MODES:
-        raise ValueError(f"images have {tuple(MODES)} channels, got {channels}; latents are not images: cache them with a VAE first")
+    """The image in [-1, 1], its shorter side resized (Lanczos) and its centre cropped to (height, width) where it is not that size already.
+
+    It is turned upright as its EXIF data say. Grey of 16 bits keeps its precision, 65535 is 1. For 1 or 3 channels what is transparent shows white
+    behind it; 4 channels are read from RGBA images alone.
+
+    Raises:
+        ValueError: for other numbers of channels, or a mode that cannot be read.
+    """
+    _check_channels(channels)
     height, width = size
-    image = image.convert(MODES[channels])
+    image = _converted(ImageOps.exif_transpose(image), channels)
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).reshape(height, width, channels)
-    return pixels.permute(2, 0, 1) / 127.5 - 1
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).reshape(height, width, -1).clamp(0, 255)  # in mode F Lanczos overshoots
+    return pixels.permute(2, 0, 1).expand(channels, -1, -1) / 127.5 - 1
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    """The image in the mode of its channels; of 16 bits in mode F, in [0, 255]."""
+    if image.mode not in READABLE:
+        raise ValueError(
+            f"images of mode {image.mode!r} have no known range; the modes are {READABLE}: scale the values to 0 ... 255 and "
+            f'image.convert("{MODES[min(channels, 3)]}") first'
+        )
+    if channels == 4 and image.mode != "RGBA":
+        raise ValueError(
+            f'images of 4 channels must be of mode "RGBA", got {image.mode!r}: image.convert("RGBA") first, or take 3 channels'
+        )
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.asarray(image).astype(np.float32) / 257)  # 65535 = 255 * 257
+    if channels != 4 and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
 
 
 def label_names(dataset: Dataset, label_column: str) -> list[str] | None:
@@ -39,31 +67,54 @@ class LabelledImages:
     Args:
         dataset: a map-style dataset with images and integer labels.
         size: (height, width) of the tensors.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB, 4 for RGBA.
         num_classes: labels must lie in [0, num_classes) and every class must have an image; 0 ignores labels (all become 0).
         image_column: the column of images.
         label_column: the column of labels.
 
     Raises:
-        ValueError: for missing columns, labels out of range, or classes without an image.
+        ValueError: for missing columns, labels out of range, classes without an image, or a first image that cannot be read.
+        TypeError: for a dataset of another kind, or a column that holds no images.
     """
 
     def __init__(self, dataset: Dataset, *, size: tuple[int, int], channels: int, num_classes: int, image_column: str, label_column: str):
+        _check_channels(channels)
         _check_columns(dataset, [image_column] + ([label_column] if num_classes else []))
         self.labels = np.asarray(dataset[label_column]) if num_classes else np.zeros(len(dataset), dtype=np.int64)
         _check_labels(self.labels, num_classes or 1, label_column)
         self.dataset, self.image_column, self.size, self.channels = dataset, image_column, size, channels
+        self.gather([0])
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "c h w"], int]:
-        return to_tensor(self.dataset[index][self.image_column], self.size, self.channels), int(self.labels[index])
+        return self._tensor(index, self._read([index])[0]), int(self.labels[index])
 
     def gather(self, indices: list[int]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
         """The images and labels at these positions."""
-        images = [to_tensor(image, self.size, self.channels) for image in self.dataset[indices][self.image_column]]
+        images = [self._tensor(row, image) for row, image in zip(indices, self._read(indices), strict=True)]
         return torch.stack(images), torch.as_tensor(self.labels[indices], dtype=torch.long)
+
+    def _read(self, rows: list[int]) -> list[Any]:
+        """The entries of these rows, decoded; the first that cannot be is named."""
+        try:
+            return list(self.dataset[rows][self.image_column])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises for files it cannot read
+            if len(rows) == 1:
+                raise ValueError(
+                    f"row {rows[0]} of column {self.image_column!r} cannot be read: {error}; leave it out with dataset.select"
+                ) from error
+        return [image for row in rows for image in self._read([row])]
+
+    def _tensor(self, row: int, image: Any) -> Float[Tensor, "c h w"]:
+        where = f"row {row} of column {self.image_column!r}"
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"{where} must be an image, got {_kind(image)}: {_way_out(image, self.image_column)}")
+        try:
+            return to_tensor(image, self.size, self.channels)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
 
     def starters(self, n: int, *, seed: int) -> list[int]:
         """The positions of n images of every class (all where it has fewer), shuffled: what a bank starts with."""
@@ -101,10 +152,29 @@ class ShuffledOrder:
             yield batch
 
 
+def _kind(entry: Any) -> str:
+    if entry is None:
+        return "None"
+    return f"{type(entry).__name__} {entry!r}"[:80] if isinstance(entry, str | dict) else type(entry).__name__
+
+
+def _way_out(entry: Any, column: str) -> str:
+    if entry is None:
+        return f"leave such rows out, dataset.filter(lambda row: row[{column!r}] is not None)"
+    if isinstance(entry, str | bytes | dict):
+        return f"take dataset.cast_column({column!r}, datasets.Image())"
+    return f"take dataset.with_format(None), and dataset.cast_column({column!r}, datasets.Image()) where the column is no image column yet"
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in MODES:
+        raise ValueError(f"images have {tuple(MODES)} channels, got {channels}; latents are not images: cache them with a VAE first")
+
+
 def _check_columns(dataset: Dataset, columns: list[str]) -> None:
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"train_dataset must be a datasets.Dataset, got {type(dataset).__name__}; load it with split=... and streaming=False"
+            f"a dataset must be a map-style datasets.Dataset, got {type(dataset).__name__}; load it with split=... and streaming=False"
         )
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
@@ -120,7 +190,12 @@ def _check_labels(labels: np.ndarray, num_classes: int, label_column: str) -> No
         raise ValueError(
             f"column {label_column!r} must hold integers, got {labels.dtype}; use dataset.class_encode_column({label_column!r})"
         )
-    if labels.min() < 0 or labels.max() >= num_classes:
+    if labels.min() < 0:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got {labels.min()} in column {label_column!r}, which often means no label: "
+            f"leave such rows out, dataset.filter(lambda row: row[{label_column!r}] >= 0)"
+        )
+    if labels.max() >= num_classes:
         raise ValueError(
             f"labels must lie in [0, {num_classes}), got values from {labels.min()} to {labels.max()}; build the generator with num_classes={labels.max() + 1}"
         )
