@@ -15,7 +15,6 @@ import platform
 import shlex
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -24,16 +23,20 @@ import datasets
 import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset
+from safetensors.torch import load_model, save_model
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingTrainer, MultiScaleStatistics, Pixels
+from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingTrainer, MultiScaleStatistics, Pixels, Windows
 from drifting_diffusers.data import LabelledImages
-from drifting_diffusers.evaluation import accuracy, train_classifier
+from drifting_diffusers.encoders import SmallClassifier, train_classifier
+from drifting_diffusers.evaluation import accuracy
 
 DATA = Path(__file__).parent / "data/fashion_mnist"
 MEANING = {
     "accuracy": "share that a classifier of real images puts into its class",
+    "neighbours": "share whose five nearest training images, in pixels, are mostly of its class",
     "energy": "energy distance to held-out images of the class, in pixels",
     "spread": "mean pixel distance of two images of a class",
 }
@@ -42,8 +45,9 @@ MEANING = {
 @dataclass
 class Arguments:
     output_dir: str = field(default="outputs/quickstart", metadata={"help": "where everything is written"})
-    max_steps: int = field(default=1500, metadata={"help": "training steps; quality still grows beyond the default"})
+    max_steps: int = field(default=3000, metadata={"help": "training steps; another number is another run: choose a new output_dir"})
     judge_epochs: int = field(default=8, metadata={"help": "passes over the real images of the classifier that judges"})
+    encoder_epochs: int = field(default=5, metadata={"help": "passes over the real images of the classifier that lends its features"})
     seed: int = field(default=0, metadata={"help": "decides the initial weights and every draw"})
 
 
@@ -51,38 +55,59 @@ def main(argv: list[str] | None = None) -> dict:
     parser = HfArgumentParser(cast(Any, Arguments), description=(__doc__ or "").splitlines()[0])
     (arguments,) = parser.parse_args_into_dataclasses(argv)
     datasets.disable_progress_bars()
-    torch.manual_seed(arguments.seed)
     train, test = (Dataset.from_parquet(str(DATA / f"{split}.parquet")) for split in ("train", "test"))
 
-    print("1/3  A classifier learns the real images; it will judge the generated ones.")
-    judge, real_accuracy = train_judge(train, test, arguments)
-    print(f"     It is right on {real_accuracy:.1%} of held-out real images.")
+    print("1/3  Two classifiers learn the real images: one judges the generated ones, the other lends its features to the training.")
+    judge = classifier("judge", train, arguments, width=32, epochs=arguments.judge_epochs)
+    encoder = classifier("encoder", train, arguments, width=16, epochs=arguments.encoder_epochs)
+    real_accuracy = accuracy(judge, *view(test).per_class(len(test)))
+    print(f"     The judge is right on {real_accuracy:.1%} of held-out real images.")
 
     print("2/3  The generator learns.")
-    trainer = make_trainer(arguments, train, test, judge)
+    trainer = make_trainer(arguments, train, test, judge, encoder)
     found = trainer.train()
 
     print("3/3  Pictures and numbers.")
     folder = trainer.save_model()
-    results = write_results(trainer, folder, found, real_accuracy, arguments)
+    real_neighbours = neighbours(*view(test).per_class(len(test)), *view(train).per_class(len(train)))
+    results = write_results(trainer, folder, found, {"accuracy": real_accuracy, "neighbours": real_neighbours}, arguments)
     draw_samples(trainer, test)
     draw_curves(trainer)
     report(results, trainer.run.path, folder)
     return results
 
 
-def train_judge(train: Dataset, test: Dataset, arguments: Arguments) -> tuple[torch.nn.Module, float]:
-    """A small classifier of the real images and its accuracy on held-out ones."""
-    view = partial(LabelledImages, size=(28, 28), channels=1, num_classes=10, image_column="image", label_column="label")
+def view(dataset: Dataset) -> LabelledImages:
+    return LabelledImages(dataset, size=(28, 28), channels=1, num_classes=10, image_column="image", label_column="label")
+
+
+def classifier(name: str, train: Dataset, arguments: Arguments, *, width: int, epochs: int) -> SmallClassifier:
+    """A small classifier of the real images; kept beside the run, so that going on with a run meets the same one."""
+    folder = Path(arguments.output_dir + "-classifiers")
+    file = folder / f"{name}-seed{arguments.seed}-epochs{epochs}.safetensors"
+    if file.exists():
+        model = SmallClassifier(1, 10, width)
+        load_model(model, file)
+        return model.eval().requires_grad_(False)
     images, labels = view(train).per_class(len(train))
-    epochs, batch_size = arguments.judge_epochs, 128
-    with tqdm(total=epochs * (len(images) // batch_size), desc="classifier", unit="step", dynamic_ncols=True) as bar:
-        rng = torch.Generator().manual_seed(arguments.seed)
-        judge = train_classifier(images, labels, generator=rng, epochs=epochs, batch_size=batch_size, on_step=bar.update)
-    return judge, accuracy(judge, *view(test).per_class(len(test)))
+    seed = 2 * arguments.seed + (name == "encoder")  # judge and encoder start differently and see the images in other orders
+    with torch.random.fork_rng(), tqdm(total=epochs * (len(images) // 128), desc=name, unit="step", dynamic_ncols=True) as bar:
+        torch.manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
+        model = train_classifier(images, labels, generator=rng, width=width, epochs=epochs, on_step=bar.update)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(file))
+    return model
 
 
-def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, judge: torch.nn.Module) -> DriftingTrainer:
+def neighbours(images: Tensor, labels: Tensor, train_images: Tensor, train_labels: Tensor) -> float:
+    """A second judge that shares nothing with the encoder: the label of most of the five nearest training images."""
+    nearest = torch.cdist(images.flatten(1), train_images.flatten(1)).topk(5, largest=False).indices  # (n, 5)
+    return float((train_labels[nearest].mode(dim=1).values == labels).float().mean())
+
+
+def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, judge: SmallClassifier, encoder: SmallClassifier) -> DriftingTrainer:
+    torch.manual_seed(arguments.seed)
     generator = DriftingGenerator(
         sample_size=28,
         patch_size=7,  # 16 tokens: on a CPU more steps are worth more than finer patches
@@ -91,45 +116,51 @@ def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, judge: tor
         num_layers=3,
         num_attention_heads=4,
         attention_head_dim=32,
-        num_class_tokens=4,
+        num_class_tokens=0,
         num_style_tokens=8,
         style_codebook_size=32,
+        rope=False,
         guidance_embedding=False,
     )
     config = DriftingConfig(
         output_dir=arguments.output_dir,
         max_steps=arguments.max_steps,
         seed=arguments.seed,
-        labels_per_step=5,
+        labels_per_step=3,
         generated_per_label=16,
         positives_per_label=64,
         unconditional_per_label=0,
         bank_size=800,  # all of the training images
-        push_per_step=16,
-        learning_rate=2e-3,
+        cache_features=True,
+        push_per_step=1,
+        learning_rate=5e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=30,
-        ema_decay=0.98,
+        warmup_steps=min(50, arguments.max_steps),
+        ema_decay=0.99,
         eval_steps=max(1, arguments.max_steps // 8),
         preview_steps=max(1, arguments.max_steps // 8),
-        save_steps=max(1, arguments.max_steps // 4),
+        save_steps=max(1, arguments.max_steps // 2),
+        save_total_limit=1,
     )
     return DriftingTrainer(
         generator,
-        DriftingObjective([Pixels(), MultiScaleStatistics()]),
+        DriftingObjective([Pixels(), MultiScaleStatistics(), Windows(), encoder.activations]),
         train,
         config,
         eval_dataset=test,
-        compute_metrics=lambda images, labels: {"accuracy": accuracy(judge, images, labels)},
+        compute_metrics=lambda images, labels: {
+            "accuracy": accuracy(judge, images, labels),
+            "neighbours": neighbours(images, labels, *view(train).per_class(len(train))),
+        },
     )
 
 
-def write_results(trainer: DriftingTrainer, pipeline: Path, found: dict[str, float], real_accuracy: float, arguments: Arguments) -> dict:
+def write_results(trainer: DriftingTrainer, pipeline: Path, found: dict[str, float], real: dict[str, float], arguments: Arguments) -> dict:
     """Every number, what it is for real images, and how it was made."""
     each = trainer.config.eval_samples_per_class
     results = {
         "metrics": {name: found[name] for name in MEANING},
-        "real": {"accuracy": real_accuracy, "energy": found["energy_real"], "spread": found["spread_real"]},
+        "real": real | {"energy": found["energy_real"], "spread": found["spread_real"]},
         "meaning": MEANING,
         "dataset": "zalando-datasets/fashion_mnist",
         "training_images": len(trainer.train_data),

@@ -23,14 +23,14 @@ def load_example(name):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    arguments = ["--output_dir", str(folder), "--max_steps", "2", "--judge_epochs", "1"]
+    arguments = ["--output_dir", str(folder), "--max_steps", "2", "--judge_epochs", "1", "--encoder_epochs", "1"]
     return load_example("quickstart").main(arguments), folder, arguments
 
 
 def test_the_results_stand_beside_those_of_real_images(run):
     results, folder, _ = run
     assert json.loads((folder / "results.json").read_text()) == results
-    assert set(results["metrics"]) == set(results["real"]) == {"accuracy", "energy", "spread"}
+    assert set(results["metrics"]) == set(results["real"]) == {"accuracy", "neighbours", "energy", "spread"}
     assert min(results["real"].values()) > 0
     assert results["metrics"]["energy"] > results["real"]["energy"]  # after two steps
     assert {"seeds", "command", "versions", "training_seconds", "steps", "device"} <= set(results)

@@ -45,8 +45,8 @@ def test_every_block_runs(block, newcomer):
 
 def test_every_number_of_the_results_has_a_file():
     results = json.loads((ROOT / "docs/results/quickstart.json").read_text())
-    rows = re.findall(r"^\| (accuracy|energy|spread)[^|]*\| ([\d.]+) \| ([\d.]+) \|", README, flags=re.MULTILINE)
-    assert [name for name, *_ in rows] == ["accuracy", "energy", "spread"]
+    rows = re.findall(r"^\| (accuracy|neighbours|energy|spread)[^|]*\| ([\d.]+) \| ([\d.]+) \|", README, flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == ["accuracy", "neighbours", "energy", "spread"]
     for name, generated, real in rows:
         assert (generated, real) == (f"{results['metrics'][name]:.3f}", f"{results['real'][name]:.3f}")
     assert f"{results['steps']:,} steps" in README

@@ -7,7 +7,9 @@ import difflib
 import operator
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -31,11 +33,12 @@ class DriftingPipeline(DiffusionPipeline):
     Args:
         transformer: the generator.
         vae: decodes its samples; without one the samples are the images, in [-1, 1].
-        labels: a name for every class, in the order of the ids; or {"0": name}, as `model_index.json` holds them.
+        labels: a name for every class, in the order of the ids; or {0: name}, or {"0": name} as `model_index.json` holds them.
         guidance_scale: what is taken when a call gives none; 1 is no guidance.
 
     Raises:
         ValueError: if labels, vae or guidance scale do not fit the generator.
+        TypeError: if the labels are no names, or the guidance scale is no number.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -45,12 +48,14 @@ class DriftingPipeline(DiffusionPipeline):
         self,
         transformer: DriftingGenerator,
         vae: ModelMixin | None = None,
-        labels: list[str] | dict[str, str] | None = None,
+        labels: Sequence[str] | Mapping[str, str] | Mapping[int, str] | None = None,
         guidance_scale: int | float = 1.0,
     ):
         super().__init__()
-        names = [labels[str(i)] for i in range(len(labels))] if isinstance(labels, Mapping) else list(labels or ())
+        names = _names(labels)
         _check_fit(transformer, vae, names)
+        if not isinstance(guidance_scale, Real):
+            raise TypeError(f"guidance_scale of a pipeline must be one number, got {guidance_scale!r}; give one per label to a call")
         _guidance_scales(guidance_scale, 1, embedded=transformer.config.guidance_embedding)
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(labels=names, guidance_scale=float(guidance_scale))
@@ -62,31 +67,34 @@ class DriftingPipeline(DiffusionPipeline):
         class_labels: Label | Sequence[Label] | Tensor | None = None,
         guidance_scale: int | float | Sequence[int | float] | Tensor | None = None,
         num_images_per_label: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Float[Tensor, "b c h w"] | None = None,
-        style_labels: Int[Tensor, "b k"] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Float[Tensor, "b c h w"] | Any | None = None,
+        style_labels: Int[Tensor, "b k"] | Any | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """`num_images_per_label` images of every label, those of a label side by side.
 
         Args:
-            class_labels: ids, names, or one of them; a name is found without regard to case, whole or up to a comma. Not given for an unconditional
-                generator, which makes `num_images_per_label` images.
+            class_labels: ids, names, or one of them. A name is a whole one of `labels` or any of its parts between commas, with or without regard to
+                case: whole names are found first, then parts, and what agrees in case before what does not. Not given for an unconditional generator,
+                which makes `num_images_per_label` images.
             guidance_scale: one for all or one per label, finite and above 0; the pipeline's own if not given.
             num_images_per_label: at least 1.
             generator: one, which the images draw from in turn, or a list with one per image; torch's global one if not given.
-            latents: noise in place of the drawn one.
-            style_labels: in [0, style_codebook_size), in place of the drawn ones.
+            latents: noise in place of the drawn one, finite; a tensor or what makes one.
+            style_labels: integers in [0, style_codebook_size), in place of the drawn ones; a tensor or what makes one.
             output_type: "pil", "np" [b, h, w, c] in [0, 1], "pt" [b, c, h, w] in [0, 1], or "latent", what the generator returned.
             return_dict: whether to return an output with `.images` or a tuple.
 
         Raises:
             ValueError: for inputs that do not fit the generator; nothing is drawn then.
+            TypeError: for inputs of another kind.
         """
         self._check_output(output_type, num_images_per_label)
         ids = self.get_label_ids(class_labels)
         count = len(ids) if ids is not None else 1
+        num_images_per_label = int(num_images_per_label)  # of numpy too
         scales = _guidance_scales(
             self.config.guidance_scale if guidance_scale is None else guidance_scale,
             count,
@@ -124,6 +132,8 @@ class DriftingPipeline(DiffusionPipeline):
         if class_labels is None:
             raise ValueError(f"class_labels are needed: ids from 0 to {classes - 1}{' or names' if self.labels else ''}")
         given: Any = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels  # of torch or numpy
+        if isinstance(given, bytes) or not isinstance(given, Label | Iterable):
+            raise TypeError(f"class_labels must be ids, names, or one of them, got {given!r}")
         wanted = [given] if isinstance(given, Label) else list(given)
         if not wanted:
             raise ValueError("class_labels are empty: give at least one label")
@@ -138,19 +148,15 @@ class DriftingPipeline(DiffusionPipeline):
         return self.vae.decode((sample.float() / (scaling or 1.0) + (shift or 0.0)).to(self.vae.dtype), return_dict=False)[0]
 
     def _inputs(
-        self, n: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None, style_labels: Tensor | None
+        self, n: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: Any, style_labels: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Noise [n, c, h, w] and style labels [n, k]. What is given replaces what is drawn, so it does not shift the rest."""
         model, device = self.transformer, self._execution_device
         config = model.config
-        generators = generator if isinstance(generator, list) else [generator] * n
-        if len(generators) != n:
-            raise ValueError(
-                f"{len(generators)} generators for {n} images: give one per image, or a single one that they draw from in turn"
-            )
+        generators = _generators(generator, n)
         shape = (config.in_channels, model.sample_height, model.sample_width)
-        if latents is not None and latents.shape != (n, *shape):
-            raise ValueError(f"latents must be {[n, *shape]}, got {list(latents.shape)}")
+        latents, style_labels = _tensor("latents", latents), _tensor("style_labels", style_labels)
+        _check_latents(latents, [n, *shape])
         _check_style(style_labels, n, config.num_style_tokens, config.style_codebook_size)
         drawn = [_draw(shape, config.num_style_tokens, config.style_codebook_size, rng, device) for rng in generators]
         noise = torch.cat([noise for noise, _ in drawn]) if latents is None else latents
@@ -160,6 +166,8 @@ class DriftingPipeline(DiffusionPipeline):
     def _check_output(self, output_type: str, num_images_per_label: int) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        if not isinstance(num_images_per_label, Integral) or isinstance(num_images_per_label, bool):
+            raise TypeError(f"num_images_per_label must be an integer of at least 1, got {num_images_per_label!r}")
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
         channels = self.transformer.out_channels
@@ -233,9 +241,33 @@ def _draw(
     return noise, style.to(device)
 
 
+def _tensor(name: str, given: Any) -> Tensor | None:
+    if given is None:
+        return None
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or numbers that make one, got {given!r}") from error
+
+
+def _generators(given: Any, n: int) -> list[torch.Generator | None]:
+    """One per image."""
+    generators = list(given) if isinstance(given, list | tuple) else [given] * n
+    if len(generators) != n:
+        raise ValueError(f"{len(generators)} generators for {n} images: give one per image, or a single one that they draw from in turn")
+    for rng in generators:
+        if not isinstance(rng, torch.Generator | None):
+            seed = rng if isinstance(rng, int) else 0
+            raise TypeError(f"a generator must be a torch.Generator, got {rng!r}: take torch.Generator().manual_seed({seed})")
+    return generators
+
+
 def _guidance_scales(scale: Any, count: int, *, embedded: bool) -> Float[Tensor, " n"] | None:
     """One scale per label; None for a generator that is not told."""
-    scales = torch.as_tensor(scale, dtype=torch.float32)
+    try:
+        scales = torch.as_tensor(scale, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"guidance_scale must be one number or one per label ({count}), got {scale!r}") from error
     if scales.ndim > 1 or scales.numel() not in (1, count):
         raise ValueError(f"guidance_scale must be one number or one per label ({count}), got shape {list(scales.shape)}")
     if not (scales.isfinite() & (scales > 0)).all():
@@ -248,20 +280,24 @@ def _guidance_scales(scale: Any, count: int, *, embedded: bool) -> Float[Tensor,
 
 
 def _finder(names: list[str]) -> Callable[[str], int]:
-    """From a name to its id: exactly first, then without regard to case. "tench, Tinca tinca" is found by either part as well."""
+    """From a name to its id: whole before a part between commas, as written before without regard to case."""
     if not names:
         raise ValueError("this pipeline has no names for its classes: give ids, or build it with `labels`")
-    exact: dict[str, set[int]] = {}
-    folded: dict[str, set[int]] = {}
+    whole, folded_whole, part, folded_part = tables = [defaultdict[str, set[int]](set) for _ in range(4)]
     for i, name in enumerate(names):
-        for part in (name, *(part.strip() for part in name.split(","))):
-            exact.setdefault(part, set()).add(i)
-            folded.setdefault(part.casefold(), set()).add(i)
+        whole[name].add(i)
+        folded_whole[name.strip().casefold()].add(i)
+        for piece in filter(None, map(str.strip, name.split(","))):
+            part[piece].add(i)
+            folded_part[piece.casefold()].add(i)
 
     def find(name: str) -> int:
-        ids = exact.get(name) or folded.get(name.strip().casefold())
-        if not ids:
-            near = [names[min(folded[key])] for key in difflib.get_close_matches(name.casefold(), folded)]
+        folded = name.strip().casefold()
+        keys = (name, folded, name.strip(), folded)
+        ids = next((table[key] for table, key in zip(tables, keys, strict=True) if key in table), None)
+        if ids is None:
+            known = folded_part | folded_whole
+            near = [names[min(known[key])] for key in difflib.get_close_matches(folded, known)]
             hint = f"did you mean {', '.join(map(repr, near))}?" if near else "`pipe.labels` lists them all"
             raise ValueError(f"no class is named {name!r}; {hint}")
         if len(ids) > 1:
@@ -273,12 +309,21 @@ def _finder(names: list[str]) -> Callable[[str], int]:
 
 def _checked_id(label: Any, classes: int) -> int:
     try:
-        index = operator.index(label)
+        index = operator.index("a mask" if isinstance(label, bool) else label)
     except TypeError:
         raise TypeError(f"a class label is an id or a name, got {label!r}") from None
     if not 0 <= index < classes:
         raise ValueError(f"class ids must lie from 0 to {classes - 1}, got {index}")
     return index
+
+
+def _check_latents(latents: Tensor | None, shape: list[int]) -> None:
+    if latents is None:
+        return
+    if list(latents.shape) != shape:
+        raise ValueError(f"latents must be {shape}, got {list(latents.shape)}")
+    if not latents.isfinite().all():
+        raise ValueError(f"latents must be finite, got {int((~latents.isfinite()).sum())} NaN or infinite values of {latents.numel()}")
 
 
 def _check_style(style_labels: Tensor | None, n: int, tokens: int, codebook: int) -> None:
@@ -289,8 +334,29 @@ def _check_style(style_labels: Tensor | None, n: int, tokens: int, codebook: int
         raise ValueError("this generator takes no style_labels: leave them out")
     if list(style_labels.shape) != [n, tokens]:
         raise ValueError(f"style_labels must be {[n, tokens]}, got {list(style_labels.shape)}")
+    if style_labels.is_floating_point() or style_labels.dtype == torch.bool:
+        raise ValueError(f"style_labels must be integers, got {style_labels.dtype}: take style_labels.long()")
     if style_labels.min() < 0 or style_labels.max() >= codebook:
         raise ValueError(f"style_labels must lie in [0, {codebook}), got values from {style_labels.min()} to {style_labels.max()}")
+
+
+def _names(labels: Any) -> list[str]:
+    """The names in the order of the ids."""
+    if isinstance(labels, str | bytes) or not isinstance(labels, Iterable | None):
+        raise TypeError(f"labels must be a list with a name for every class, got {labels!r}")
+    if isinstance(labels, Mapping):
+        by_id = {str(key): name for key, name in labels.items()}  # JSON makes strings of ids
+        ids = list(map(str, range(len(labels))))
+        if by_id.keys() != set(ids):
+            raise ValueError(
+                f"labels must have the ids 0 to {len(labels) - 1}, each once, got {list(labels)}: name every class, or give a list"
+            )
+        labels = [by_id[i] for i in ids]
+    names = list(labels or ())
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"labels must be names, got {name!r} for class {i}: take str() of it, or leave labels out to draw by id")
+    return names
 
 
 def _check_fit(transformer: DriftingGenerator, vae: ModelMixin | None, names: Iterable[str]) -> None:

@@ -94,6 +94,7 @@ class DriftingTrainer:
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
+            fused=True,  # one pass over the parameters
         )
         self.generator, self.optimizer = self.accelerator.prepare(generator, optimizer)
         # Not prepared: Accelerate would step it once per process.
