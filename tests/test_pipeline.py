@@ -134,6 +134,41 @@ def test_an_exact_name_goes_first():
         pipe.get_label_ids("TURKEY")
 
 
+def test_a_whole_name_goes_before_a_part():
+    pipe = DriftingPipeline(generator(num_classes=4), labels=["a, b", "b", "maillot, tank suit, X", "Maillot"])
+    assert pipe.get_label_ids(["b", "B", "a", "A, B"]) == [1, 1, 0, 0]
+    assert pipe.get_label_ids(["Maillot", "maillot", "tank suit", "TANK suit", "x"]) == [3, 3, 2, 2, 2]
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("labels", [{0: "a", 1: "b"}, {1: "b", 0: "a"}, {"1": "b", "0": "a"}, ("a", "b"), ["a", "b"]], ids=str)
+def test_labels_come_as_a_list_or_by_id(tmp_path, labels):
+    pipe = DriftingPipeline(generator(num_classes=2), labels=labels)
+    assert pipe.labels == ["a", "b"]
+    pipe.save_pretrained(tmp_path)
+    assert DriftingPipeline.from_pretrained(tmp_path).labels == ["a", "b"]
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        ("abcde", TypeError, "labels must be a list with a name for every class, got 'abcde'"),
+        (5, TypeError, "labels must be a list .* got 5"),
+        (["a", "b", 3, "d", "e"], TypeError, r"labels must be names, got 3 for class 2: take str\(\)"),
+        (["a", None, "c", "d", "e"], TypeError, "got None for class 1"),
+        ({i: i for i in range(5)}, TypeError, "got 0 for class 0"),
+        ({1: "a", 2: "b", 3: "c", 4: "d", 5: "e"}, ValueError, r"labels must have the ids 0 to 4, each once, got \[1, 2, 3, 4, 5\]"),
+        ({0: "a", "0": "b"}, ValueError, "ids 0 to 1, each once"),
+        ({0: "a", 1: "b"}, ValueError, "2 labels for a generator of 5 classes: give one name per class"),
+    ],
+    ids=str,
+)
+def test_labels_that_are_no_names(labels, kind, message):
+    with pytest.raises(kind, match=message):
+        DriftingPipeline(generator(), labels=labels)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -151,9 +186,19 @@ def test_labels_that_are_none(pipe, given, message):
         pipe(given)
 
 
-@pytest.mark.parametrize("given", [torch.tensor([1.0]), torch.tensor([[0, 1]])])
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    "given", [torch.tensor([1.0]), torch.tensor([[0, 1]]), [b"cat"], [None], [True], torch.tensor([True, False])], ids=str
+)
 def test_what_is_neither_id_nor_name(pipe, given):
     with pytest.raises(TypeError, match="a class label is an id or a name"):
+        pipe(given)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("given", [1.0, np.float32(1), torch.tensor(1.0), b"cat"], ids=str)
+def test_labels_of_another_kind(pipe, given):
+    with pytest.raises(TypeError, match=r"class_labels must be ids, names, or one of them, got (1.0|b'cat')"):
         pipe(given)
 
 
@@ -184,6 +229,15 @@ def test_guidance_is_the_pipelines_own_or_given(pipe):
 def test_guidance_must_be_finite_and_positive(pipe, scale):
     with pytest.raises(ValueError, match="guidance_scale must be finite and above 0"):
         pipe([0, 1], guidance_scale=scale)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("scale", ["1.5", ["1.5", "2"], [[1.0], [1.0, 2.0]]], ids=str)
+def test_guidance_is_numbers(pipe, scale):
+    with pytest.raises(TypeError, match=r"guidance_scale must be one number or one per label \(2\), got"):
+        pipe([0, 1], guidance_scale=scale)
+    with pytest.raises(TypeError, match="guidance_scale of a pipeline must be one number, got"):
+        DriftingPipeline(generator(), guidance_scale=scale)
 
 
 def test_guidance_is_one_per_label(pipe):
@@ -226,13 +280,48 @@ def test_unconditional():
         ({"style_labels": torch.zeros(2, 2, dtype=torch.long)}, r"style_labels must be \[2, 3\], got \[2, 2\]"),
         ({"style_labels": torch.full((2, 3), 4)}, r"style_labels must lie in \[0, 4\), got values from 4 to 4"),
         ({"style_labels": torch.full((2, 3), -1)}, "got values from -1 to -1"),
+        ({"style_labels": torch.zeros(2, 3)}, r"style_labels must be integers, got torch.float32: take style_labels.long\(\)"),
+        ({"latents": torch.full((2, 3, 8, 8), math.nan)}, "latents must be finite, got 384 NaN or infinite values of 384"),
+        ({"latents": torch.zeros(2, 3, 8, 8).index_fill(0, torch.tensor([1]), math.inf)}, "latents must be finite, got 192 NaN"),
         ({"num_images_per_label": 0}, "num_images_per_label must be at least 1, got 0"),
         ({"output_type": "jpeg"}, r"output_type must be one of \('pil', 'np', 'pt', 'latent'\), got 'jpeg'"),
     ],
 )
+@pytest.mark.usefixtures("as_users_see_it")
 def test_inputs_that_do_not_fit(pipe, inputs, message):
     with pytest.raises(ValueError, match=message):
         pipe([0, 1], **inputs)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"generator": 3}, r"a generator must be a torch.Generator, got 3: take torch.Generator\(\).manual_seed\(3\)"),
+        ({"generator": [3, 4]}, r"got 3: take torch.Generator\(\).manual_seed\(3\)"),
+        ({"num_images_per_label": 2.0}, "num_images_per_label must be an integer of at least 1, got 2.0"),
+        ({"num_images_per_label": True}, "num_images_per_label must be an integer of at least 1, got True"),
+        ({"latents": "noise"}, "latents must be a tensor or numbers that make one, got 'noise'"),
+        ({"style_labels": [[0, 1], [0]]}, "style_labels must be a tensor or numbers that make one"),
+    ],
+)
+def test_inputs_of_another_kind(pipe, inputs, message):
+    with pytest.raises(TypeError, match=message):
+        pipe([0, 1], **inputs)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_lists_and_arrays_are_tensors_too(pipe, kind):
+    noise, style = torch.randn(2, 3, 8, 8, generator=seed()), [[0, 1, 2], [3, 0, 1]]
+    want = latents(pipe, [0, 1], latents=noise, style_labels=torch.tensor(style))
+    assert_close(latents(pipe, [0, 1], latents=kind(noise.tolist()), style_labels=kind(style)), want)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_tuples_of_generators_and_counts_of_numpy(pipe):
+    want = latents(pipe, 0, num_images_per_label=2, generator=[seed(1), seed(2)])
+    assert_close(latents(pipe, 0, num_images_per_label=np.int64(2), generator=(seed(1), seed(2))), want)
 
 
 def test_every_output_is_the_same_picture(pipe):

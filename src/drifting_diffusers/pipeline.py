@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -309,7 +309,7 @@ def _finder(names: list[str]) -> Callable[[str], int]:
 
 def _checked_id(label: Any, classes: int) -> int:
     try:
-        index = operator.index("a mask" if isinstance(label, bool) else label)
+        index = operator.index(cast(Any, None if isinstance(label, bool) else label))  # a mask is no list of ids
     except TypeError:
         raise TypeError(f"a class label is an id or a name, got {label!r}") from None
     if not 0 <= index < classes:
@@ -352,7 +352,7 @@ def _names(labels: Any) -> list[str]:
                 f"labels must have the ids 0 to {len(labels) - 1}, each once, got {list(labels)}: name every class, or give a list"
             )
         labels = [by_id[i] for i in ids]
-    names = list(labels or ())
+    names: list[Any] = list(labels or ())
     for i, name in enumerate(names):
         if not isinstance(name, str):
             raise TypeError(f"labels must be names, got {name!r} for class {i}: take str() of it, or leave labels out to draw by id")
