@@ -45,7 +45,7 @@ MEANING = {
 @dataclass
 class Arguments:
     output_dir: str = field(default="outputs/quickstart", metadata={"help": "where everything is written"})
-    max_steps: int = field(default=3000, metadata={"help": "training steps; another number is another run: choose a new output_dir"})
+    max_steps: int = field(default=2300, metadata={"help": "training steps; another number is another run: choose a new output_dir"})
     judge_epochs: int = field(default=8, metadata={"help": "passes over the real images of the classifier that judges"})
     encoder_epochs: int = field(default=5, metadata={"help": "passes over the real images of the classifier that lends its features"})
     seed: int = field(default=0, metadata={"help": "decides the initial weights and every draw"})
@@ -126,19 +126,19 @@ def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, judge: Sma
         output_dir=arguments.output_dir,
         max_steps=arguments.max_steps,
         seed=arguments.seed,
-        labels_per_step=3,
+        labels_per_step=5,
         generated_per_label=16,
         positives_per_label=64,
         unconditional_per_label=0,
         bank_size=800,  # all of the training images
         cache_features=True,
         push_per_step=1,
-        learning_rate=5e-3,
+        learning_rate=6e-3,
         lr_scheduler_type="cosine",
         warmup_steps=min(50, arguments.max_steps),
         ema_decay=0.99,
-        eval_steps=max(1, arguments.max_steps // 8),
-        preview_steps=max(1, arguments.max_steps // 8),
+        eval_steps=max(1, arguments.max_steps // 5),
+        preview_steps=max(1, arguments.max_steps // 5),
         save_steps=max(1, arguments.max_steps // 2),
         save_total_limit=1,
     )
