@@ -109,7 +109,7 @@ class DriftingTrainer:
         self.accelerator.register_for_checkpointing(*filter(None, (self.schedule, self.ema, self.bank, self.unconditional_bank)))
         self.pipeline()  # what could not be saved in the end is refused now
         self.step = 0
-        self.seconds = 0.0  # of training, evaluations and checkpoints included, over all sessions
+        self.seconds = 0.0  # of training, evaluations and checkpoints included, before and after every resume
         self.log_history: list[dict[str, Any]] = []
 
     def _images(self, generator: DriftingGenerator, dataset: Dataset) -> LabelledImages:
