@@ -413,3 +413,16 @@ def test_a_foreign_field_trains(field):
         optimiser.step()
     assert_close(x.detach().mean(dim=(0, 1)), torch.tensor([3.0, 3.0]), rtol=0, atol=0.3)
     assert 0.2 < x.detach().std(dim=1).mean() < 0.9
+
+
+def test_autocast_does_not_reach_the_field():
+    """A training loop under bfloat16 autocast gets the float32 loss and gradient, not products of 8 digits."""
+    draw = lambda n, seed: torch.randn(2, n, 32, generator=torch.Generator().manual_seed(seed))
+    results = []
+    for enabled in (False, True):
+        x = draw(8, 0).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss, drift = drift_loss(x, draw(9, 1), draw(4, 2), negative_weights=torch.full((2, 4), 0.5))
+        loss.mean().backward()
+        results.append((loss.detach(), x.grad, drift.strength))
+    assert_close(results[0], results[1], rtol=0, atol=0)

@@ -100,7 +100,8 @@ class DriftingField:
         own = (x.shape[-2] if negatives is x else 0) if own is None else own
         _check_shapes(x, positives, negatives, positive_weights, negative_weights, own)
         one: Any = lambda t: t[None] if t is not None and x.ndim == 2 else t
-        drift = self._drift(one(x), one(positives), one(negatives), one(positive_weights), one(negative_weights), own, mean)
+        with torch.autocast(x.device.type, enabled=False):  # in 16 bits distances underflow at temperature 0.02
+            drift = self._drift(one(x), one(positives), one(negatives), one(positive_weights), one(negative_weights), own, mean)
         return replace(drift, velocity=drift.velocity[0]) if x.ndim == 2 else drift
 
     def _drift(
