@@ -14,6 +14,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,7 @@ from drifting_diffusers.encoders import SmallClassifier, train_classifier
 from drifting_diffusers.evaluation import accuracy
 
 DATA = Path(__file__).parent / "data/fashion_mnist"
+Metrics = Callable[[Tensor, Tensor], dict[str, float]]
 MEANING = {
     "accuracy": "share that a classifier of real images puts into its class",
     "neighbours": "share whose five nearest training images, in pixels, are mostly of its class",
@@ -57,21 +59,23 @@ def main(argv: list[str] | None = None) -> dict:
     datasets.disable_progress_bars()
     train, test = (Dataset.from_parquet(str(DATA / f"{split}.parquet")) for split in ("train", "test"))
 
+    images, labels = view(train).per_class(len(train))  # decoded once: classifiers and neighbours all look at them
+
     print("1/3  Two classifiers learn the real images: one judges the generated ones, the other lends its features to the training.")
-    judge = classifier("judge", train, arguments, width=32, epochs=arguments.judge_epochs)
-    encoder = classifier("encoder", train, arguments, width=16, epochs=arguments.encoder_epochs)
-    real_accuracy = accuracy(judge, *view(test).per_class(len(test)))
-    print(f"     The judge is right on {real_accuracy:.1%} of held-out real images.")
+    judge = classifier("judge", images, labels, arguments, width=32, epochs=arguments.judge_epochs)
+    encoder = classifier("encoder", images, labels, arguments, width=16, epochs=arguments.encoder_epochs)
+    metrics = lambda x, y: {"accuracy": accuracy(judge, x, y), "neighbours": neighbours(x, y, images, labels)}
+    real = metrics(*view(test).per_class(len(test)))
+    print(f"     The judge is right on {real['accuracy']:.1%} of held-out real images.")
 
     print("2/3  The generator learns.")
-    trainer = make_trainer(arguments, train, test, judge, encoder)
+    trainer = make_trainer(arguments, train, test, encoder, metrics)
     found = trainer.train()
 
     print("3/3  Pictures and numbers.")
     folder = trainer.save_model()
-    real_neighbours = neighbours(*view(test).per_class(len(test)), *view(train).per_class(len(train)))
-    results = write_results(trainer, folder, found, {"accuracy": real_accuracy, "neighbours": real_neighbours}, arguments)
-    draw_samples(trainer, test)
+    results = write_results(trainer, folder, found, real)
+    draw_samples(trainer)
     draw_curves(trainer)
     report(results, trainer.run.path, folder)
     return results
@@ -81,7 +85,7 @@ def view(dataset: Dataset) -> LabelledImages:
     return LabelledImages(dataset, size=(28, 28), channels=1, num_classes=10, image_column="image", label_column="label")
 
 
-def classifier(name: str, train: Dataset, arguments: Arguments, *, width: int, epochs: int) -> SmallClassifier:
+def classifier(name: str, images: Tensor, labels: Tensor, arguments: Arguments, *, width: int, epochs: int) -> SmallClassifier:
     """A small classifier of the real images; kept beside the run, so that going on with a run meets the same one."""
     folder = Path(arguments.output_dir + "-classifiers")
     file = folder / f"{name}-seed{arguments.seed}-epochs{epochs}.safetensors"
@@ -89,7 +93,6 @@ def classifier(name: str, train: Dataset, arguments: Arguments, *, width: int, e
         model = SmallClassifier(1, 10, width)
         load_model(model, file)
         return model.eval().requires_grad_(False)
-    images, labels = view(train).per_class(len(train))
     seed = 2 * arguments.seed + (name == "encoder")  # judge and encoder start differently and see the images in other orders
     with torch.random.fork_rng(), tqdm(total=epochs * (len(images) // 128), desc=name, unit="step", dynamic_ncols=True) as bar:
         torch.manual_seed(seed)
@@ -106,7 +109,7 @@ def neighbours(images: Tensor, labels: Tensor, train_images: Tensor, train_label
     return float((train_labels[nearest].mode(dim=1).values == labels).float().mean())
 
 
-def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, judge: SmallClassifier, encoder: SmallClassifier) -> DriftingTrainer:
+def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, encoder: SmallClassifier, metrics: Metrics) -> DriftingTrainer:
     torch.manual_seed(arguments.seed)
     generator = DriftingGenerator(
         sample_size=28,
@@ -148,14 +151,11 @@ def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, judge: Sma
         train,
         config,
         eval_dataset=test,
-        compute_metrics=lambda images, labels: {
-            "accuracy": accuracy(judge, images, labels),
-            "neighbours": neighbours(images, labels, *view(train).per_class(len(train))),
-        },
+        compute_metrics=metrics,
     )
 
 
-def write_results(trainer: DriftingTrainer, pipeline: Path, found: dict[str, float], real: dict[str, float], arguments: Arguments) -> dict:
+def write_results(trainer: DriftingTrainer, pipeline: Path, found: dict[str, float], real: dict[str, float]) -> dict:
     """Every number, what it is for real images, and how it was made."""
     each = trainer.config.eval_samples_per_class
     results = {
@@ -168,7 +168,7 @@ def write_results(trainer: DriftingTrainer, pipeline: Path, found: dict[str, flo
         "held_out_per_class": each,
         "steps": trainer.step,
         "training_seconds": round(trainer.seconds, 1),
-        "seeds": [arguments.seed],
+        "seeds": [trainer.config.seed],
         "command": shlex.join(["python", *sys.argv]),
         "versions": {name: version(name) for name in ("drifting-diffusers", "torch", "diffusers", "accelerate")},
         "python": platform.python_version(),
@@ -179,7 +179,7 @@ def write_results(trainer: DriftingTrainer, pipeline: Path, found: dict[str, flo
     return results
 
 
-def draw_samples(trainer: DriftingTrainer, test: Dataset, columns: int = 10, real_columns: int = 4) -> None:
+def draw_samples(trainer: DriftingTrainer, columns: int = 10, real_columns: int = 4) -> None:
     """One row per class: generated images on the left, real ones on the right."""
     names = trainer.labels or []
     drawn = trainer.sample(names, num_images_per_label=columns, generator=torch.Generator().manual_seed(1), output_type="np").images
@@ -203,7 +203,7 @@ def draw_samples(trainer: DriftingTrainer, test: Dataset, columns: int = 10, rea
 
 
 def draw_curves(trainer: DriftingTrainer) -> None:
-    """Energy distance and accuracy of the evaluations, and the strength of every feature; the loss is flat by construction."""
+    """Energy distance of the evaluations, and the strength of every feature; the loss is flat by construction."""
     evaluations = [entry for entry in trainer.log_history if "energy" in entry]
     steps = [entry["step"] for entry in evaluations]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")

@@ -1,6 +1,7 @@
 """The folder of a training run: whose it is, its checkpoints, its log. Nothing a user made is overwritten, and no half-written checkpoint is read.
 
-output_dir/training_config.json   every choice, written before step 0
+output_dir/training_config.json   every choice of the config, written before step 0
+           training_setup.json    what is trained on what: generator, objective, data
            checkpoint-1000/       all state; written aside as checkpoint-1000.partial and renamed when whole
            log.jsonl              one line per log, evaluation included
            previews/              class grids while training

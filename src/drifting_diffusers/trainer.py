@@ -141,7 +141,7 @@ class DriftingTrainer:
                 self.seconds = time.monotonic() - started
                 bar.update()
                 self._after_step(outcome, bar)
-        return self.evaluate()
+        return self._evaluate()
 
     def training_step(self, fresh: Tensor, fresh_labels: Tensor) -> dict[str, Any]:
         """One step of Algorithm 1: fresh images into the banks, samples drawn and generated, the loss, one update."""
@@ -269,7 +269,7 @@ class DriftingTrainer:
         due = lambda every: every and (self.step % every == 0 or self.step == self.config.max_steps)
         if due(self.config.preview_steps):
             self._preview()
-        return self.evaluate() if due(self.config.eval_steps) else None
+        return self._evaluate() if due(self.config.eval_steps) else None
 
     def _log(self, entry: dict[str, float]) -> None:
         entry = {"step": self.step, **entry}
@@ -334,6 +334,10 @@ class DriftingTrainer:
         result is logged; a second call at the same step returns the logged one.
         """
         self._restore()
+        return self._evaluate()
+
+    def _evaluate(self) -> dict[str, float]:
+        """`evaluate` of the weights at hand, without another look into the folder."""
         done = [entry for entry in self.log_history if entry["step"] == self.step and "energy" in entry]
         if done:
             return {name: value for name, value in done[-1].items() if name != "step"}
@@ -400,6 +404,7 @@ def _scalars(outcome: dict[str, Any]) -> dict[str, float]:
 
 def _halves(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of each class's samples, the first half and the second: which are the reference and which the control."""
-    places = torch.cat([torch.arange(int(n)) for n in labels.unique_consecutive(return_counts=True)[1]])
-    sizes = torch.cat([n.expand(int(n)) for n in labels.unique_consecutive(return_counts=True)[1]])
-    return places < sizes // 2, places >= sizes // 2
+    sizes = labels.unique_consecutive(return_counts=True)[1]
+    places = torch.cat([torch.arange(n) for n in sizes.tolist()])
+    reference = places < (sizes // 2).repeat_interleave(sizes)
+    return reference, ~reference
