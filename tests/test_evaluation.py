@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from drifting_diffusers.encoders import train_classifier
+from drifting_diffusers.classifiers import train_classifier
 from drifting_diffusers.evaluation import accuracy, compare, energy_distance, per_class, spread
 
 

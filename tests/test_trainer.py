@@ -23,7 +23,7 @@ from drifting_diffusers import (
     Pixels,
     Windows,
 )
-from drifting_diffusers.encoders import SmallClassifier
+from drifting_diffusers.classifiers import SmallClassifier
 from drifting_diffusers.trainer import _halves
 
 SMALL = {
@@ -381,7 +381,7 @@ def test_a_new_trainer_on_a_finished_run_is_that_run(images, tmp_path):
 def test_a_run_is_recognised_in_another_process():
     """No address of this process may enter the description."""
     code = (
-        "import json; from drifting_diffusers import *; from drifting_diffusers.encoders import SmallClassifier; import torch; torch.manual_seed(0);"
+        "import json; from drifting_diffusers import *; from drifting_diffusers.classifiers import SmallClassifier; import torch; torch.manual_seed(0);"
         "print(json.dumps(DriftingObjective([Pixels(), Windows(), SmallClassifier(1, 2).activations]).describe()))"
     )
     theirs = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

@@ -1,0 +1,76 @@
+"""Encoders that are trained here. Their activations are what samples are compared in, where pixels are not enough."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .shapes import Float, Int
+
+
+class SmallClassifier(nn.Module):
+    """Three convolutions and a linear layer, for small images [n, c, h, w] in [-1, 1] with sides of 8 or more: trained in a minute on a CPU.
+
+    It judges generated images by their class, or, another one, lends its activations as features.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: classes told apart.
+        width: channels of the first convolution; the next ones have twice and four times as many.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, width: int = 32):
+        super().__init__()
+        convolve = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        self.stage1 = nn.Sequential(convolve(in_channels, width), nn.MaxPool2d(2))
+        self.stage2 = nn.Sequential(convolve(width, 2 * width), nn.MaxPool2d(2))
+        self.stage3 = nn.Sequential(convolve(2 * width, 4 * width), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(16 * width, num_classes))
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+        """The logits of every class."""
+        return self.head(self.stage3(self.stage2(self.stage1(images))))
+
+    def activations(self, images: Float[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n l d"]]:
+        """A feature map: the places of the second stage, and the third stage as one vector."""
+        places = self.stage2(self.stage1(images))
+        return {"stage2": places.flatten(2).mT, "stage3": self.stage3(places)[:, None]}
+
+
+def train_classifier(
+    images: Float[Tensor, "n c h w"],
+    labels: Int[Tensor, " n"],
+    *,
+    generator: torch.Generator,
+    width: int = 32,
+    epochs: int = 8,
+    batch_size: int = 128,
+    learning_rate: float = 4e-3,
+    on_step: Callable[[], object] = lambda: None,
+) -> SmallClassifier:
+    """A classifier of these real images, mirrored at random; frozen and in evaluation mode.
+
+    Its initial weights and its dropout come from torch's global generator, the order of the images from `generator`. `on_step` is called after
+    every batch.
+
+    Raises:
+        ValueError: for fewer images than one batch.
+    """
+    model = SmallClassifier(images.shape[1], int(labels.max()) + 1, width)
+    steps = epochs * (len(images) // batch_size)
+    if not steps:
+        raise ValueError(f"{len(images)} images do not fill one batch of {batch_size}; lower batch_size")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for chosen in order.split(batch_size)[: len(images) // batch_size]:
+            mirrored = torch.rand(len(chosen), 1, 1, 1, generator=generator) < 0.5
+            batch = torch.where(mirrored, images[chosen].flip(3), images[chosen])
+            loss = nn.functional.cross_entropy(model(batch), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            on_step()
+    return model.eval().requires_grad_(False)
