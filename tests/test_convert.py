@@ -1,73 +1,42 @@
-"""The release's artefacts: every tensor finds its place, and what is broken is refused by name."""
+"""From the release's artefacts to our models: every tensor finds its place, and what does not fit is refused by name."""
 
 import json
-import sys
-from pathlib import Path
 
-import msgpack
 import pytest
 import torch
-from torch import Tensor
+from release_files import GENERATOR, to_release, write_artefact
 from torch.testing import assert_close
 
-from drifting_diffusers.convert import generator_config, generator_from_release, generator_layout, read_artefact
+from drifting_diffusers import DriftingPipeline
+from drifting_diffusers.artefacts import find_artefact, read_tensors
 from drifting_diffusers.generator import DriftingGenerator
+from drifting_diffusers.labels import imagenet_labels
+from drifting_diffusers.layouts import generator_config, generator_layout, rename
+from drifting_diffusers.releases import RELEASES
 
 RELEASED = ["release_like", "plain", "pixel_like", "qknorm_layernorm", "bf16", "small_scale_rms", "small_scale_ln"]
-MODEL_CONFIG = {
-    "cond_dim": 6, "num_classes": 3, "noise_classes": 5, "noise_coords": 2, "input_size": 4, "in_channels": 2, "out_channels": 3, "n_cls_tokens": 1,
-    "patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "use_qknorm": True, "use_swiglu": True, "use_rope": True,
-    "use_rmsnorm": True, "use_bf16": False, "attn_fp32": True, "use_remat": False,
-}  # fmt: skip
 
 
-def to_release(model: DriftingGenerator) -> dict[str, Tensor]:
-    """The inverse of the converter, by the same table."""
-    ours, theirs = model.state_dict(), {}
-    for names, paths in generator_layout(model.config):
-        for path, part in zip(paths, torch.cat([ours[name] for name in names]).chunk(len(paths)), strict=True):
-            theirs[path] = part.T.contiguous() if path.endswith("/kernel") else part
-    return theirs
-
-
-def packed(tensor: Tensor, dtype: str = "float32") -> msgpack.ExtType:
-    return msgpack.ExtType(1, msgpack.packb((list(tensor.shape), dtype, tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes())))
-
-
-def write_artefact(folder: Path, tensors: dict[str, Tensor | msgpack.ExtType | int], **metadata) -> Path:
-    tree: dict = {}
-    for path, leaf in tensors.items():
-        *branches, name = path.split("/")
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-        node[name] = packed(leaf) if isinstance(leaf, Tensor) else leaf
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ema_params.msgpack").write_bytes(msgpack.packb(tree))
-    content = {"format": "flax.msgpack", "kind": "gen", "model_config": MODEL_CONFIG} | metadata
-    (folder / "metadata.json").write_text(json.dumps(content))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model() -> DriftingGenerator:
+def random_generator(**changes) -> DriftingGenerator:
     torch.manual_seed(0)
-    model = DriftingGenerator(**generator_config(MODEL_CONFIG))
+    model = DriftingGenerator(**generator_config(GENERATOR | changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     return model
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_recorded_artefacts_are_read_whole(shared, name):
+def test_recorded_generators_are_converted_whole(shared, name):
     index = json.loads((shared / "fixtures/gen/index.json").read_text())[name]
-    metadata, tensors = read_artefact(shared / f"fixtures/gen/{name}")
-    assert metadata["model_config"] == index["model_config"]
-    assert {path: list(tensor.shape) for path, tensor in tensors.items()} == index["params"]
-    model = generator_from_release(shared / f"fixtures/gen/{name}/params_ema")
+    _, file = find_artefact(shared / f"fixtures/gen/{name}")
+    model = DriftingGenerator.from_release(shared / f"fixtures/gen/{name}/params_ema")
     assert sum(p.numel() for p in model.parameters()) == index["n_params"]
-    for path, tensor in to_release(model).items():
-        assert_close(tensor, tensors[path], rtol=0, atol=0)
+    assert not model.training
+    back = to_release(model)
+    tensors = read_tensors(file, most_bytes=10**8)
+    assert back.keys() == tensors.keys()
+    for path, tensor in tensors.items():
+        assert_close(back[path], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -82,93 +51,160 @@ def test_recorded_artefacts_are_read_whole(shared, name):
     ids=str,
 )
 def test_there_and_back(tmp_path, changes):
-    config = MODEL_CONFIG | changes
-    torch.manual_seed(1)
-    model = DriftingGenerator(**generator_config(config))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    back = generator_from_release(write_artefact(tmp_path, to_release(model), model_config=config))
+    model = random_generator(**changes)
+    back = DriftingGenerator.from_release(write_artefact(tmp_path, to_release(model), model_config=GENERATOR | changes))
     assert back.config == model.config
     for name, tensor in model.state_dict().items():
         assert_close(back.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-def test_other_dtypes_keep_their_values(tmp_path):
-    values = torch.tensor([[0.5, -2.0], [3.0, 0.25]])
-    leaves = {
-        "bf16": packed(values.bfloat16(), "bfloat16"),
-        "half": packed(values.half(), "float16"),
-        "int": packed(torch.tensor([7]), "int64"),
-        "none": packed(torch.empty(0, 3)),
-        "scalar": packed(torch.tensor(1.5)),
-    }
-    _, tensors = read_artefact(write_artefact(tmp_path, leaves))
-    assert_close(tensors["bf16"], values.bfloat16())
-    assert_close(tensors["half"], values.half())
-    assert_close(tensors["int"], torch.tensor([7]))
-    assert_close(tensors["none"], torch.empty(0, 3))
-    assert_close(tensors["scalar"], torch.tensor(1.5))
+def test_the_converted_model_trains_and_is_saved(tmp_path):
+    model = DriftingGenerator.from_release(write_artefact(tmp_path / "release", to_release(random_generator())))
+    assert all(p.requires_grad and p.is_leaf and p.is_contiguous() for p in model.parameters())
+    model.save_pretrained(tmp_path / "ours")
+    again = DriftingGenerator.from_pretrained(tmp_path / "ours")
+    for name, tensor in model.state_dict().items():
+        assert_close(again.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-def test_missing_extra_and_misshapen_tensors_are_all_named(tmp_path, model):
-    tensors = to_release(model)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_cast_on_request(tmp_path, dtype):
+    model = random_generator()
+    cast = DriftingGenerator.from_release(write_artefact(tmp_path, to_release(model)), dtype=dtype)
+    for name, tensor in model.state_dict().items():
+        assert_close(cast.state_dict()[name], tensor.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_a_dtype_that_is_none_for_weights_is_refused(tmp_path, dtype, as_users_see_it):
+    with pytest.raises(TypeError, match=r"dtype must be torch.float32, .*got"):
+        DriftingGenerator.from_release(write_artefact(tmp_path, {}), dtype=dtype)
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_named(tmp_path):
+    tensors = to_release(random_generator())
     del tensors["RMSNorm_0/weight"], tensors["noise_embeds_1/embedding"]
     tensors["teacher/kernel"] = torch.zeros(2, 3)
     tensors["LightningDiT_0/pos_embed"] = torch.zeros(1, 9, 8)
     gate = "LightningDiT_0/blocks_0/SwiGLUFFN_0/TorchLinear_0/Dense_0/kernel"
     tensors[gate] = tensors[gate].T
     with pytest.raises(ValueError, match="does not fit its model_config") as error:
-        generator_from_release(write_artefact(tmp_path, tensors))
+        DriftingGenerator.from_release(write_artefact(tmp_path, tensors))
     for part in (
         "RMSNorm_0/weight is missing",
         "noise_embeds_1/embedding is missing",
         "teacher/kernel [2, 3] has no place",
-        "LightningDiT_0/pos_embed is [1, 9, 8], for [1, 4, 8] of ours",
+        "LightningDiT_0/pos_embed is [1, 9, 8]",
         f"{gate} is [32, 8]",
     ):
         assert part in str(error.value)
+    assert str(error.value).count(";") == 4  # and nothing else
+
+
+def test_integer_tensors_are_no_weights(tmp_path):
+    tensors = to_release(random_generator())
+    path = "RMSNorm_0/weight"
+    with pytest.raises(ValueError, match=f"{path} is torch.int32"):
+        rename(generator_layout(random_generator().config), tensors | {path: tensors[path].int()}, random_generator().state_dict())
+
+
+def test_of_half_a_shared_matrix_nothing_is_said_twice(tmp_path):
+    """Two of the release's tensors are one of ours: the one that is there cannot be placed without the other, which is the one to name."""
+    tensors = to_release(random_generator())
+    missing = "LightningDiT_0/blocks_0/SwiGLUFFN_0/TorchLinear_1/Dense_0/kernel"
+    del tensors[missing]
+    with pytest.raises(ValueError, match=f"model_config: {missing} is missing$"):
+        DriftingGenerator.from_release(write_artefact(tmp_path, tensors))
+
+
+def test_what_is_no_generator_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r'holds a "mae", not a "gen": take MaskedAutoencoder.from_release'):
+        DriftingGenerator.from_release(write_artefact(tmp_path, {}, kind="mae"))
+    with pytest.raises(ValueError, match=r'holds a "head", only "gen" and "mae"'):
+        DriftingGenerator.from_release(write_artefact(tmp_path, {}, kind="head"))
+    with pytest.raises(ValueError, match=r'mae_latent_640 holds a "mae", not a "gen"; those are latent_L_sota, .*ablation'):
+        DriftingGenerator.from_release("mae_latent_640")
+    with pytest.raises(FileNotFoundError, match=r"latent_l_sota is neither a released artefact \(latent_L_sota, .*\) nor a folder"):
+        DriftingGenerator.from_release("latent_l_sota")
 
 
 @pytest.mark.parametrize(
-    ("leaf", "message"),
+    ("changes", "message"),
     [
-        (msgpack.ExtType(1, msgpack.packb(([2, 2], "float32", b"\0" * 12))), "takes 16 bytes, the file has 12"),
-        (msgpack.ExtType(1, msgpack.packb(([-1, -4], "float32", b"\0" * 16))), "cut off or not what it says"),
-        (msgpack.ExtType(1, msgpack.packb(([2], "complex64", b"\0" * 16))), "dtype 'complex64'"),
-        (msgpack.ExtType(1, msgpack.packb(["float32", b""])), r"no \(shape, dtype, bytes\)"),
-        (msgpack.ExtType(1, msgpack.packb([["a"], "float32", b""])), r"no \(shape, dtype, bytes\)"),
-        (msgpack.ExtType(2, b""), "a/b is no array"),
-        (7, "a/b is no array"),
-        (torch.tensor([1.0, float("nan")]), "a/b holds values that are not finite"),
+        ({"layers": 3}, r"missing \[\], unknown \['layers'\]"),
+        ({"depth": 10**9}, "depth of the model_config must be an integer from 0 to 1000"),
+        ({"hidden_size": 2**40}, "hidden_size"),
+        ({"hidden_size": "768"}, "hidden_size .*'?768"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"num_heads": [1, 2]}, "num_heads"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio"),
+        ({"use_rope": 1}, "use_rope of the model_config must be true or false"),
+        ({"hidden_size": 10, "num_heads": 3}, "hidden_size"),
     ],
+    ids=str,
 )
-def test_broken_leaves_are_refused(tmp_path, leaf, message):
+def test_a_model_config_that_is_none_is_refused_before_a_network_is_built(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        read_artefact(write_artefact(tmp_path, {"a/b": leaf}))
+        DriftingGenerator.from_release(write_artefact(tmp_path, {}, model_config=GENERATOR | changes))
+    config = {key: value for key, value in GENERATOR.items() if key != "depth"}
+    with pytest.raises(ValueError, match=r"missing \['depth'\], unknown \[\]"):
+        DriftingGenerator.from_release(write_artefact(tmp_path, {}, model_config=config))
 
 
-@pytest.mark.parametrize("keep", [0, 1, 40, -1])
-def test_cut_off_files_are_refused(tmp_path, model, keep):
-    file = write_artefact(tmp_path, to_release(model)) / "ema_params.msgpack"
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"cut off|is no array"):
-        read_artefact(tmp_path)
+# -- the pipeline
 
 
-def test_what_is_no_generator_is_refused(tmp_path, model):
-    with pytest.raises(ValueError, match="holds a 'mae'"):
-        generator_from_release(write_artefact(tmp_path, to_release(model), kind="mae"))
-    with pytest.raises(ValueError, match=r"only \"flax.msgpack\""):
-        read_artefact(write_artefact(tmp_path, {}, format="pickle"))
-    config = {"layers" if key == "depth" else key: value for key, value in MODEL_CONFIG.items()}
-    with pytest.raises(ValueError, match=r"missing \['depth'\], unknown \['layers'\]"):
-        generator_from_release(write_artefact(tmp_path, {}, model_config=config))
-    with pytest.raises(FileNotFoundError, match=r"no metadata.json and no ema_params.msgpack"):
-        read_artefact(tmp_path / "nowhere")
+def test_a_pipeline_of_a_folder(tmp_path):
+    config = GENERATOR | {"out_channels": 2, "num_classes": 1000}
+    folder = write_artefact(tmp_path, to_release(random_generator(**config)), model_config=config)
+    pipe = DriftingPipeline.from_release(folder)  # no latents of 4 channels: no decoder is fetched
+    assert (pipe.vae, pipe.config.guidance_scale, pipe.labels) == (None, 1.0, list(imagenet_labels()))
+    assert (pipe.labels[88], pipe.get_label_ids(["macaw", "alp", 3])) == ("macaw", [88, 970, 3])
+    pipe = DriftingPipeline.from_release(folder, guidance_scale=1.5, labels=[str(i) for i in range(1000)], dtype=torch.bfloat16)
+    assert (pipe.transformer.dtype, pipe.config.guidance_scale, pipe.labels[7]) == (torch.bfloat16, 1.5, "7")
+    assert pipe("7", output_type="latent").images.shape == (1, 2, 4, 4)
 
 
-def test_without_msgpack_the_error_says_what_to_install(tmp_path, monkeypatch):
-    write_artefact(tmp_path, {})
-    monkeypatch.setitem(sys.modules, "msgpack", None)
-    with pytest.raises(ImportError, match=r"drifting-diffusers\[convert\]"):
-        read_artefact(tmp_path)
+def test_labels_are_for_generators_of_imagenet_only(tmp_path):
+    pipe = DriftingPipeline.from_release(write_artefact(tmp_path, to_release(random_generator())))
+    assert pipe.labels == []
+
+
+def test_a_decoder_is_taken_as_given(tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",),
+                        up_block_types=("UpDecoderBlock2D",))  # fmt: skip
+    assert vae.config.scaling_factor == 0.18215
+    config = GENERATOR | {"in_channels": 4, "out_channels": 4}
+    folder = write_artefact(tmp_path / "release", to_release(random_generator(**config)), model_config=config)
+    assert DriftingPipeline.from_release(folder, vae=None).vae is None
+    vae.save_pretrained(tmp_path / "vae")
+    for given in (vae, str(tmp_path / "vae")):
+        pipe = DriftingPipeline.from_release(folder, vae=given)
+        latents = pipe([1], generator=torch.Generator().manual_seed(0), output_type="latent").images
+        images = pipe([1], generator=torch.Generator().manual_seed(0), output_type="pt").images
+        assert_close(images, (vae.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1))
+
+
+def test_the_table_of_released_artefacts():
+    assert list(RELEASES) == [
+        "latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation", "mae_latent_640", "mae_latent_256", "mae_pixel_640",
+    ]  # fmt: skip
+    for name, release in RELEASES.items():
+        assert release.name == name
+        assert release.path == f"models/{release.kind}/jax/{name}"
+        if release.kind == "gen":
+            assert RELEASES[release.encoder].kind == "mae"
+            assert RELEASES[release.encoder].space == release.space
+            assert release.guidance_scale == min(release.results, key=lambda row: row[1])[0]  # where the FID is best
+
+
+def test_imagenet_labels(shared):
+    from datasets import load_dataset
+
+    names = load_dataset("parquet", data_files=str(shared / "data/imagenet_samples/train.parquet"), split="train").features["label"].names
+    assert list(imagenet_labels()) == names
+    assert len(set(imagenet_labels())) == 1000

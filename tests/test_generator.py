@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from drifting_diffusers.convert import generator_config, generator_from_release, generator_layout
 from drifting_diffusers.generator import DriftingGenerator
+from drifting_diffusers.layouts import generator_config, generator_layout
 
 RELEASED = ["release_like", "plain", "pixel_like", "qknorm_layernorm", "bf16", "small_scale_rms", "small_scale_ln"]
 SMALL = {
@@ -59,7 +59,7 @@ def recorded(shared: Path, name: str) -> tuple[dict[str, Tensor], dict[str, floa
 @torch.no_grad()
 def test_recorded_outputs_of_the_reference(shared, name):
     io, bounds = recorded(shared, name)
-    model = generator_from_release(shared / f"fixtures/gen/{name}").eval()
+    model = DriftingGenerator.from_release(shared / f"fixtures/gen/{name}").eval()
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
     model, noise = model.to(dtype), io["noise_x"].permute(0, 3, 1, 2).to(dtype)
     labels, style = io["labels"].long(), io["noise_labels"].long()

@@ -1,220 +1,122 @@
 r"""From the reference release's artefacts to our models, every tensor accounted for.
 
-An artefact is a folder of `metadata.json` and `ema_params.msgpack`: nested maps of strings whose leaves are extension type 1, the packed triple
-(shape, dtype, little-endian bytes in C order). Dense kernels are [in, out] there and [out, in] here.
+A source is the name of a released artefact, which is downloaded, converted once and kept; or a folder or file of one's own.
 """
 
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from diffusers import ModelMixin
+from huggingface_hub import cached_assets_path, snapshot_download
+from huggingface_hub.utils import WeakFileLock
 
-from .generator import DriftingGenerator
+from .artefacts import find_artefact, read_tensors
+from .layouts import KINDS, rename
+from .releases import RELEASES, REPOSITORY
 
-DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")}
+Model = TypeVar("Model", bound=ModelMixin)
 
-# The release's constructor arguments. Those without a name of ours say how it computes, not what: they leave no trace in the weights.
-CONFIG = {
-    "cond_dim": "condition_dim",
-    "num_classes": "num_classes",
-    "noise_classes": "style_codebook_size",
-    "noise_coords": "num_style_tokens",
-    "input_size": "sample_size",
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "n_cls_tokens": "num_class_tokens",
-    "patch_size": "patch_size",
-    "hidden_size": "attention_head_dim",
-    "depth": "num_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_ratio": "mlp_ratio",
-    "use_qknorm": "qk_norm",
-    "use_swiglu": "activation",
-    "use_rope": "rope",
-    "use_rmsnorm": "norm_type",
-    "use_bf16": None,
-    "attn_fp32": None,
-    "use_remat": None,
-}
-
-Row = tuple[tuple[str, ...], tuple[str, ...]]
-"""Our names and the release's paths: the tensors of the paths, joined along the first axis, are our tensors, joined along the first axis."""
+LAYOUT = 1  # goes up when conversion changes, so that what older versions kept is not taken for it
 
 
-def read_artefact(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata and the tensors, by their paths with slashes.
+def from_release(
+    cls: type[Model],
+    kind: str,
+    source: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Model:
+    """A model with the averaged weights of the release, in evaluation mode.
 
     Args:
-        folder: the one with `metadata.json`, `params_ema` in the release, or its parent.
+        cls: the class to build.
+        kind: "gen" or "mae", what the artefact must hold.
+        source: a name of `RELEASES`, which comes before a folder of the same name; or a folder, or a `.msgpack` or `.msgpack.xz` file.
+        dtype: what floating point weights are cast to; none leaves the release's, float32.
+        revision: of the release's repository.
+        token: for the Hub.
+        cache_dir: where downloads and conversions are kept; the Hub's cache if not given.
+        local_files_only: whether to do without the network.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ImportError: without the package msgpack.
-        ValueError: for what is not such an artefact, broken or cut off.
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: for an unknown name, an artefact of another kind, a broken one, or tensors that are missing, left over or of another shape.
     """
-    folder = Path(folder)
-    if not (folder / "metadata.json").exists():
-        folder = folder / "params_ema"
-    missing = [name for name in ("metadata.json", "ema_params.msgpack") if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: give the folder that the release's export wrote")
-    try:
-        import msgpack
-    except ImportError as error:
-        raise ImportError("reading the release's artefacts needs msgpack: pip install drifting-diffusers[convert]") from error
-
-    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    if metadata.get("format") != "flax.msgpack":
-        raise ValueError(f'the format of {folder} is {metadata.get("format")!r}, only "flax.msgpack" can be read')
-    try:
-        tree = msgpack.unpackb((folder / "ema_params.msgpack").read_bytes())
-    except (ValueError, msgpack.UnpackException) as error:
-        raise ValueError(f"{folder / 'ema_params.msgpack'} is cut off or no msgpack ({error}): fetch it again") from error
-    return metadata, {path: _tensor(path, leaf, msgpack) for path, leaf in _walk(tree)}
-
-
-def generator_from_release(folder: str | os.PathLike) -> DriftingGenerator:
-    """The release's generator with its averaged weights, in float32.
-
-    Raises:
-        ValueError: if the artefact holds no generator, or tensors are missing, left over or of another shape; the sentence names them.
-    """
-    metadata, tensors = read_artefact(folder)
-    if metadata.get("kind") != "gen":
-        raise ValueError(f'the artefact holds a {metadata.get("kind")!r}, not a "gen"')
-    model = DriftingGenerator(**generator_config(metadata["model_config"]))
-    model.load_state_dict(rename(generator_layout(model.config), tensors, model.state_dict()))
-    return model
+    if str(source) not in RELEASES:
+        return convert(cls, kind, source, dtype=dtype)
+    release = RELEASES[str(source)]
+    if release.kind != kind:
+        fitting = [name for name, other in RELEASES.items() if other.kind == kind]
+        raise ValueError(f'{source} holds a "{release.kind}", not a "{kind}"; those are {", ".join(fitting)}')
+    snapshot = Path(
+        snapshot_download(
+            REPOSITORY,
+            allow_patterns=[f"{release.path}/*{name}" for name in ("metadata.json", ".msgpack", ".msgpack.xz")],
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    )
+    kept = cached_assets_path("drifting_diffusers", "releases", str(source), assets_dir=cache_dir and Path(cache_dir, "assets"))
+    return _kept(cls, kind, snapshot / release.path, kept / f"{snapshot.name}-{LAYOUT}", dtype)
 
 
-def generator_config(release: Mapping[str, Any]) -> dict[str, Any]:
-    """Our constructor arguments from the release's.
-
-    Raises:
-        ValueError: for arguments that are missing or unknown.
-    """
-    missing = sorted({theirs for theirs, ours in CONFIG.items() if ours} - release.keys())
-    unknown = sorted(release.keys() - CONFIG.keys())
-    if missing or unknown:
-        raise ValueError(f"model_config does not fit this converter: missing {missing}, unknown {unknown}")
-    config = {ours: release[theirs] for theirs, ours in CONFIG.items() if ours}
-    return config | {
-        "attention_head_dim": release["hidden_size"] // release["num_heads"],
-        "num_style_tokens": release["noise_coords"] if release["noise_classes"] else 0,
-        "style_codebook_size": release["noise_classes"] or 1,
-        "activation": "swiglu" if release["use_swiglu"] else "gelu",
-        "norm_type": "rms_norm" if release["use_rmsnorm"] else "layer_norm",
-    }
+def _kept(cls: type[Model], kind: str, artefact: Path, folder: Path, dtype: torch.dtype | None) -> Model:
+    """The conversion in `folder`, made and put there first if need be; processes that start together wait for one of them."""
+    with WeakFileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            model = convert(cls, kind, artefact)
+            part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+            try:
+                model.save_pretrained(part)
+                part.rename(folder)  # whole or not at all
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+            return model.to(dtype) if dtype is not None else model
+    return cls.from_pretrained(folder, dtype=dtype)
 
 
-def generator_layout(config: Any) -> list[Row]:
-    """Where every tensor of a generator stands in the release."""
-    rows: list[Row] = [
-        *([(("class_embedding.weight",), ("Embed_0/embedding",))] if config.num_classes else []),
-        *_dense("guidance_embedder.linear_1", "TimestepEmbedder_0/TorchLinear_0"),
-        *_dense("guidance_embedder.linear_2", "TimestepEmbedder_0/TorchLinear_1"),
-        (("guidance_norm.weight",), ("RMSNorm_0/weight",)),
-        *_dense("patch_proj", "LightningDiT_0/TorchLinear_0"),
-        (("pos_embed",), ("LightningDiT_0/pos_embed",)),
-    ]
-    if config.num_style_tokens:
-        rows.append((("style_embedding.weight",), tuple(f"noise_embeds_{i}/embedding" for i in range(config.num_style_tokens))))
-    if config.num_class_tokens:
-        rows += [*_dense("class_token_proj", "LightningDiT_0/TorchLinear_1"), (("class_token_embed",), ("LightningDiT_0/cls_embed",))]
-    for i in range(config.num_layers):
-        rows += _block(f"transformer_blocks.{i}", f"LightningDiT_0/blocks_{i}", config)
-    final = "LightningDiT_0/FinalLayer_0"
-    rows += [*_dense("modulation_out", f"{final}/TorchLinear_0"), *_dense("proj_out", f"{final}/TorchLinear_1")]
-    return [*rows, *_token_norm("norm_out", f"{final}/RMSNorm_0", config)]
+def convert(cls: type[Model], kind: str, source: str | os.PathLike, *, dtype: torch.dtype | None = None) -> Model:
+    """The model of a folder or file; see `from_release`."""
+    if not Path(source).exists():
+        raise FileNotFoundError(
+            f"{source} is neither a released artefact ({', '.join(RELEASES)}) nor a folder or file: check the name or the path"
+        )
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or torch.float64, got {dtype!r}")
+    metadata, file = find_artefact(source)
+    found = kind_of(metadata)
+    if found != kind:
+        raise ValueError(f'{source} holds a "{found}", not a "{kind}": {_HINTS[found]}')
+    config, layout = KINDS[kind]
+    with torch.device("meta"):  # shapes without memory: the tensors of the file become the weights
+        model = cls(**config(metadata["model_config"]))
+    ours = model.state_dict()
+    numbers = sum(tensor.numel() for tensor in ours.values())
+    rows = layout(model.config)
+    paths = sum(len(parts) for _, parts in rows)
+    tensors = read_tensors(file, most_bytes=8 * numbers + 1000 * paths + 1000, most_tensors=paths, dtype=dtype)  # at widest float64
+    model.load_state_dict(rename(rows, tensors, ours), assign=True)
+    return model.eval().requires_grad_(True)
 
 
-def rename(rows: Iterable[Row], tensors: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from the release's tensors.
-
-    Args:
-        rows: where every tensor stands.
-        tensors: the release's, by path.
-        ours: a state dict of the shapes to be filled.
-
-    Raises:
-        ValueError: naming the tensors that are missing, left over or of another shape.
-    """
-    rows = list(rows)
-    paths = {path for _, parts in rows for path in parts}
-    wrong = [f"{path} is missing" for path in sorted(paths - tensors.keys())]
-    wrong += [f"{path} {list(tensors[path].shape)} has no place" for path in sorted(tensors.keys() - paths)]
-    state: dict[str, Tensor] = {}
-    for names, parts in rows:
-        first, *rest = ours[names[0]].shape
-        shape = [len(names) * first // len(parts), *rest]  # of one part: every row is split evenly on either side
-        found = [tensors[path].T if path.endswith("/kernel") else tensors[path] for path in parts if path in tensors]
-        mismatched = [path for path, part in zip(parts, found, strict=False) if len(found) == len(parts) and list(part.shape) != shape]
-        wrong += [f"{path} is {list(tensors[path].shape)}, for {shape} of ours" for path in mismatched]
-        if len(found) == len(parts) and not mismatched:
-            state |= {name: part.clone() for name, part in zip(names, torch.cat(found).chunk(len(names)), strict=True)}
-    if wrong:
-        raise ValueError("the artefact does not fit its model_config: " + "; ".join(wrong))
-    return state
+_HINTS = {"gen": "take DriftingPipeline.from_release", "mae": "take MaskedAutoencoder.from_release"}
 
 
-def _block(ours: str, theirs: str, config: Any) -> list[Row]:
-    attention, qkv = f"{theirs}/Attention_0", tuple(f"{ours}.attn.to_{x}" for x in "qkv")
-    rows = [
-        *_dense(f"{ours}.modulation", f"{theirs}/TorchLinear_0"),
-        *_token_norm(f"{ours}.norm1", f"{theirs}/RMSNorm_0", config),
-        *_token_norm(f"{ours}.norm2", f"{theirs}/RMSNorm_1", config),
-        *_dense(qkv, f"{attention}/TorchLinear_0"),
-        *_dense(f"{ours}.attn.to_out.0", f"{attention}/TorchLinear_1"),
-    ]
-    if config.activation == "swiglu":  # diffusers multiplies (hidden, gate), the release silu(TorchLinear_0) with TorchLinear_1
-        mlp = f"{theirs}/SwiGLUFFN_0/TorchLinear"
-        rows += [*_dense(f"{ours}.ff.net.0.proj", f"{mlp}_1", f"{mlp}_0"), *_dense(f"{ours}.ff.net.2", f"{mlp}_2")]
-    else:
-        mlp = f"{theirs}/StandardMLP_0/TorchLinear"
-        rows += [*_dense(f"{ours}.ff.net.0.proj", f"{mlp}_0"), *_dense(f"{ours}.ff.net.2", f"{mlp}_1")]
-    if config.qk_norm:
-        names = {"weight": "weight"} if config.norm_type == "rms_norm" else {"weight": "scale", "bias": "bias"}
-        rows += [((f"{ours}.attn.norm_{x}.{a}",), (f"{attention}/{x}_norm/{b}",)) for x in "qk" for a, b in names.items()]
-    return rows
-
-
-def _dense(ours: str | tuple[str, ...], *theirs: str) -> list[Row]:
-    names = (ours,) if isinstance(ours, str) else ours
-    pairs = (("weight", "kernel"), ("bias", "bias"))
-    return [(tuple(f"{name}.{a}" for name in names), tuple(f"{path}/Dense_0/{b}" for path in theirs)) for a, b in pairs]
-
-
-def _token_norm(ours: str, theirs: str, config: Any) -> list[Row]:
-    return [((f"{ours}.weight",), (f"{theirs}/weight",))] if config.norm_type == "rms_norm" else []
-
-
-def _walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, branch in tree.items():
-            yield from _walk(branch, f"{path}/{key}" if path else str(key))
-    else:
-        yield path, tree
-
-
-def _tensor(path: str, leaf: Any, msgpack: Any) -> Tensor:
-    if not isinstance(leaf, msgpack.ExtType) or leaf.code != 1:
-        raise ValueError(f"{path or 'the root'} is no array but {str(leaf)[:80]}: only arrays (extension type 1) can be read")
-    try:
-        shape, dtype, data = msgpack.unpackb(leaf.data)
-        shape, data = [int(n) for n in shape], bytearray(memoryview(data))
-    except (TypeError, ValueError, msgpack.UnpackException) as error:
-        raise ValueError(f"{path} is no (shape, dtype, bytes): {error}") from error
-    if dtype not in DTYPES:
-        raise ValueError(f"{path} has dtype {dtype!r}; readable are {', '.join(DTYPES)}")
-    size = math.prod(shape) * DTYPES[dtype].itemsize
-    if min(shape, default=1) < 0 or len(data) != size:
-        raise ValueError(f"{path} {shape} of {dtype} takes {size} bytes, the file has {len(data)}: it is cut off or not what it says")
-    tensor = torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape) if data else torch.empty(shape, dtype=DTYPES[dtype])
-    if not tensor.isfinite().all():
-        raise ValueError(f"{path} holds values that are not finite")
-    return tensor
+def kind_of(metadata: Mapping[str, Any]) -> str:
+    """What an artefact holds: "gen" or "mae"."""
+    kind = metadata.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"the artefact holds a {json.dumps(kind)[:80]}, only {' and '.join(map(json.dumps, KINDS))} can be read")
+    return kind

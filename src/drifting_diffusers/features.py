@@ -1,6 +1,7 @@
 """What samples are compared in: a feature map turns images into named sets of vectors, one per location."""
 
 import math
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -112,3 +113,39 @@ def oriented_filters(widths: tuple[float, ...], orientations: int) -> Float[Tens
                 centred = derivative - derivative.mean()
                 filters.append(centred / centred.abs().sum())
     return torch.stack(filters)[:, None]
+
+
+def map_statistics(
+    name: str,
+    maps: Float[Tensor, "n c h w"],
+    *,
+    locations: bool = True,
+    mean: bool = True,
+    std: bool = True,
+    mean_windows: Sequence[int] = (2, 4),
+    std_windows: Sequence[int] = (2, 4),
+) -> dict[str, Float[Tensor, "n l c"]]:
+    """An activation map seen at several scales, in float32 (arXiv 2602.04770, A.5): `name`, `name_mean`, `name_std`, `name_mean_2` and so on.
+
+    A standard deviation is sqrt(population variance + 1e-6): at 0 the bare root has no gradient.
+
+    Args:
+        name: of the map.
+        maps: one per image.
+        locations: whether every place is a location of its own, in row-major order.
+        mean: whether to take the mean over all places, one location.
+        std: the same for the standard deviation.
+        mean_windows: sides of square windows side by side, one location each; a side that does not divide the map's is left out.
+        std_windows: the same for standard deviations.
+    """
+    maps = maps.float()
+    found = {name: maps} if locations else {}
+    if mean:
+        found[f"{name}_mean"] = maps.mean((2, 3), keepdim=True)
+    if std:
+        found[f"{name}_std"] = (maps.var((2, 3), correction=0, keepdim=True) + 1e-6).sqrt()
+    fits = lambda side: maps.shape[2] % side == maps.shape[3] % side == 0
+    windows = lambda side: maps.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (n, c, rows, side, columns, side)
+    found |= {f"{name}_mean_{side}": windows(side).mean((3, 5)) for side in mean_windows if fits(side)}
+    found |= {f"{name}_std_{side}": (windows(side).var((3, 5), correction=0) + 1e-6).sqrt() for side in std_windows if fits(side)}
+    return {key: values.flatten(2).mT for key, values in found.items()}

@@ -4,6 +4,7 @@ The path of this module is file format: diffusers writes it into every published
 """
 
 import math
+import os
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any, cast
@@ -25,6 +26,7 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from .convert import from_release
 from .shapes import Float, Int
 
 EPS = 1e-6  # of every norm in the release
@@ -217,6 +219,11 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         rows, columns = (torch.arange(n, dtype=torch.float32) for n in self.grid)
         places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # (2, rows, columns), the column first as in the release
         self.pos_embed.data.copy_(get_2d_sincos_pos_embed_from_grid(self.pos_embed.shape[-1], places, output_type="pt")[None])
+
+    @classmethod
+    def from_release(cls, source: str | os.PathLike, **kwargs: Any) -> "DriftingGenerator":
+        """The reference release's generator, converted; see `convert.from_release` for sources and arguments."""
+        return from_release(cls, "gen", source, **kwargs)
 
     def forward(
         self,

@@ -3,24 +3,23 @@ r"""Class labels in, images out: image = decode(f(noise; label, guidance scale, 
 Each image takes its noise and then its style from its own generator, so the same seed gives the same image whatever stands around it in the batch.
 """
 
-import difflib
-import operator
 import os
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from . import hub
 from .generator import DriftingGenerator
+from .labels import checked_id, finder, imagenet_labels, names_of
+from .releases import RELEASES, VAE
 from .shapes import Float, Int
 
 Label = SupportsIndex | str
@@ -52,7 +51,7 @@ class DriftingPipeline(DiffusionPipeline):
         guidance_scale: int | float = 1.0,
     ):
         super().__init__()
-        names = _names(labels)
+        names = names_of(labels)
         _check_fit(transformer, vae, names)
         if not isinstance(guidance_scale, Real):
             raise TypeError(f"guidance_scale of a pipeline must be one number, got {guidance_scale!r}; give one per label to a call")
@@ -137,8 +136,8 @@ class DriftingPipeline(DiffusionPipeline):
         wanted = [given] if isinstance(given, Label) else list(given)
         if not wanted:
             raise ValueError("class_labels are empty: give at least one label")
-        find = _finder(self.labels) if any(isinstance(label, str) for label in wanted) else None
-        return [find(label) if find and isinstance(label, str) else _checked_id(label, classes) for label in wanted]
+        find = finder(self.labels) if any(isinstance(label, str) for label in wanted) else None
+        return [find(label) if find and isinstance(label, str) else checked_id(label, classes) for label in wanted]
 
     def decode(self, sample: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _ _ _"]:
         """Images in about [-1, 1] from samples of the generator: through the vae if there is one."""
@@ -207,6 +206,43 @@ class DriftingPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size)
             return hub.upload(self, folder, repo_id, **kwargs)
+
+    @classmethod
+    def from_release(
+        cls,
+        source: str | os.PathLike,
+        *,
+        vae: ModelMixin | str | None = VAE,
+        labels: Sequence[str] | None = None,
+        guidance_scale: int | float | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> "DriftingPipeline":
+        """The pipeline of a generator of the reference release (arXiv 2602.04770), downloaded and converted where that was not done before.
+
+        Args:
+            source: "latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation"; or a folder or file of the release's format.
+            vae: decodes samples of 4 channels; a model, or what `AutoencoderKL.from_pretrained` loads, or None for samples that stay latents.
+            labels: a name for every class; for 1000 classes those of ImageNet if not given.
+            guidance_scale: what is taken when a call gives none; if not given, the one of the release's best FID, or 1 for a folder or file.
+            dtype: of the weights; float32 if not given.
+            kwargs: revision, token, cache_dir, local_files_only; see `convert.from_release`.
+
+        Raises:
+            FileNotFoundError: if there is no such folder or file.
+            ValueError: for an unknown name, or an artefact that is broken or no generator.
+        """
+        transformer = DriftingGenerator.from_release(source, dtype=dtype, **kwargs)
+        if labels is None and transformer.config.num_classes == 1000:
+            labels = imagenet_labels()
+        if guidance_scale is None:
+            guidance_scale = RELEASES[str(source)].guidance_scale if str(source) in RELEASES else 1.0
+        if transformer.out_channels != 4:
+            vae = None if vae == VAE else vae
+        if isinstance(vae, str):
+            where = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+            vae = AutoencoderKL.from_pretrained(vae, dtype=dtype, **where)
+        return cls(transformer, vae=vae, labels=labels, guidance_scale=guidance_scale)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -279,44 +315,6 @@ def _guidance_scales(scale: Any, count: int, *, embedded: bool) -> Float[Tensor,
     return None
 
 
-def _finder(names: list[str]) -> Callable[[str], int]:
-    """From a name to its id: whole before a part between commas, as written before without regard to case."""
-    if not names:
-        raise ValueError("this pipeline has no names for its classes: give ids, or build it with `labels`")
-    whole, folded_whole, part, folded_part = tables = [defaultdict[str, set[int]](set) for _ in range(4)]
-    for i, name in enumerate(names):
-        whole[name].add(i)
-        folded_whole[name.strip().casefold()].add(i)
-        for piece in filter(None, map(str.strip, name.split(","))):
-            part[piece].add(i)
-            folded_part[piece.casefold()].add(i)
-
-    def find(name: str) -> int:
-        folded = name.strip().casefold()
-        keys = (name, folded, name.strip(), folded)
-        ids = next((table[key] for table, key in zip(tables, keys, strict=True) if key in table), None)
-        if ids is None:
-            known = folded_part | folded_whole
-            near = [names[min(known[key])] for key in difflib.get_close_matches(folded, known)]
-            hint = f"did you mean {', '.join(map(repr, near))}?" if near else "`pipe.labels` lists them all"
-            raise ValueError(f"no class is named {name!r}; {hint}")
-        if len(ids) > 1:
-            raise ValueError(f"{name!r} is the name of the classes {sorted(ids)}: give the id")
-        return min(ids)
-
-    return find
-
-
-def _checked_id(label: Any, classes: int) -> int:
-    try:
-        index = operator.index(cast(Any, None if isinstance(label, bool) else label))  # a mask is no list of ids
-    except TypeError:
-        raise TypeError(f"a class label is an id or a name, got {label!r}") from None
-    if not 0 <= index < classes:
-        raise ValueError(f"class ids must lie from 0 to {classes - 1}, got {index}")
-    return index
-
-
 def _check_latents(latents: Tensor | None, shape: list[int]) -> None:
     if latents is None:
         return
@@ -338,25 +336,6 @@ def _check_style(style_labels: Tensor | None, n: int, tokens: int, codebook: int
         raise ValueError(f"style_labels must be integers, got {style_labels.dtype}: take style_labels.long()")
     if style_labels.min() < 0 or style_labels.max() >= codebook:
         raise ValueError(f"style_labels must lie in [0, {codebook}), got values from {style_labels.min()} to {style_labels.max()}")
-
-
-def _names(labels: Any) -> list[str]:
-    """The names in the order of the ids."""
-    if isinstance(labels, str | bytes) or not isinstance(labels, Iterable | None):
-        raise TypeError(f"labels must be a list with a name for every class, got {labels!r}")
-    if isinstance(labels, Mapping):
-        by_id = {str(key): name for key, name in labels.items()}  # JSON makes strings of ids
-        ids = list(map(str, range(len(labels))))
-        if by_id.keys() != set(ids):
-            raise ValueError(
-                f"labels must have the ids 0 to {len(labels) - 1}, each once, got {list(labels)}: name every class, or give a list"
-            )
-        labels = [by_id[i] for i in ids]
-    names: list[Any] = list(labels or ())
-    for i, name in enumerate(names):
-        if not isinstance(name, str):
-            raise TypeError(f"labels must be names, got {name!r} for class {i}: take str() of it, or leave labels out to draw by id")
-    return names
 
 
 def _check_fit(transformer: DriftingGenerator, vae: ModelMixin | None, names: Iterable[str]) -> None:
