@@ -98,13 +98,14 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
     """The feature encoder, with the decoder and the classifier that it is trained with.
 
     `DriftingObjective(encoder.activations)` compares samples in it. In 16 bits convolutions run in 16 bits and the statistics of every norm and
-    feature in float32. Fresh weights are He's for convolutions, torch's for the classifier and the last convolution; norms start at 1 and 0. The
-    release's dropout is left out: it acts in training alone.
+    feature in float32. Train a generator through it in float32 or bfloat16: behind norms of flat images gradients exceed float16's range.
+    Fresh weights are He's for convolutions, torch's for the classifier and the last convolution; norms start at 1 and 0. The release's dropout is
+    left out: it acts in training alone. The defaults make 2.7 billion weights.
 
     Args:
         in_channels: channels of the images, 4 for latents.
-        base_channels: of the first stage, a multiple of 32; every later stage has twice as many. With 32 every group of the first two norms is one
-            channel, so the means and standard deviations of `conv1` and `layer1` over the whole map are the same or nearly so for all images.
+        base_channels: of the first stage, a multiple of 32; every later stage has twice as many. With 32 every group of the first stage is one
+            channel, so `layer1_mean` and `layer1_std` are the same for all images; the objective leaves them out once it has seen some.
         layers_per_stage: residual blocks of each of the four stages.
         input_patch_size: side of the squares of pixels that become the channels of one position, before everything else.
         mask_patch_size: side of the squares of positions that `draw_mask` removes together.
