@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help quickstart toys test test-slow check format clean
+.PHONY: help quickstart toys test test-slow check cards format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,6 +27,10 @@ check: $(VENV)/.dev  ## format, lint, import contracts, types
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+cards: $(VENV)/.user  ## render model_cards/ anew
+	$(BIN)/python -c 'import pathlib; from drifting_diffusers.releases import RELEASES, release_card; \
+		[pathlib.Path(f"model_cards/{name}.md").write_text(release_card(name)) for name in RELEASES]'
 
 format: $(VENV)/.dev  ## rewrite the code as ruff would
 	$(BIN)/ruff format .

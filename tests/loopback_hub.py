@@ -6,9 +6,14 @@ Repositories are dictionaries of commits, commits are dictionaries of files. Eve
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_test"
@@ -33,11 +38,16 @@ class Repository:
 
 
 class LoopbackHub:
-    """With `with`: `url` is the endpoint, `repositories` what was pushed, `requests` what was asked for."""
+    """With `with`: `url` is the endpoint, `repositories` what was pushed, `requests` what was asked for.
+
+    `cuts` holds files whose next download breaks off, with how many bytes it gets; `ranges` the bytes that downloads went on from.
+    """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
+        self.cuts: dict[str, int] = {}
+        self.ranges: list[tuple[str, int]] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -179,11 +189,55 @@ class Handler(BaseHTTPRequestHandler):
         data = repository.commits[sha].get(path)
         if data is None:
             return self.reply({}, status=404, X_Error_Code="EntryNotFound", X_Error_Message=path, X_Repo_Commit=sha)
-        return self.reply(
-            raw=data, ETag=f'"{blob(data)}"', X_Repo_Commit=sha, Content_Type="application/octet-stream", Accept_Ranges="none"
-        )
+        start = int(self.headers.get("range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        headers = {"ETag": f'"{blob(data)}"', "X_Repo_Commit": sha, "Content_Type": "application/octet-stream", "Accept_Ranges": "bytes"}
+        if start:
+            self.hub.ranges.append((path, start))
+            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if self.command == "GET" and path in self.hub.cuts:
+            return self.break_off(data[start:], self.hub.cuts.pop(path), headers)
+        return self.reply(raw=data[start:] if start else data, status=206 if start else 200, **headers)
+
+    def break_off(self, data: bytes, after: int, headers: dict[str, str]) -> None:
+        """Promise everything, send a part and hang up."""
+        self.send_response(200)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data[:after])
+        self.wfile.flush()
+        self.close_connection = True
 
 
+def environment_of(home: Path, endpoint: str) -> dict[str, str]:
+    """What makes a process believe that `endpoint` is the Hub; it keeps everything in `home`."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return env | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home / "hf"),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def run_script(script: str, home: Path, endpoint: str, **environment: str) -> str:
+    """Run a script in a process of its own, whose only argument is `home`, and return what it printed.
+
+    The library reads its endpoint when it is imported, so what talks to the loopback Hub cannot run in the tests' process.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(home)],
+        env=environment_of(home, endpoint) | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@lru_cache  # of a large file once, not at every request
 def blob(data: bytes) -> str:
     """The name git gives to a file."""
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()

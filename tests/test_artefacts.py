@@ -117,8 +117,8 @@ def test_what_is_larger_than_the_model_is_refused(tmp_path, compressed):
         file.unlink()
     with pytest.raises(ValueError, match="model_config asks for 5000 at most"):
         read(tmp_path, most_bytes=5000)
-    with pytest.raises(ValueError, match="more than the 10 arrays"):
-        read(write_artefact(tmp_path / "many", {str(i): torch.zeros(1) for i in range(100)}), most_tensors=10)
+    with pytest.raises(ValueError, match="far more than the 10 arrays"):
+        read(write_artefact(tmp_path / "many", {str(i): torch.zeros(1) for i in range(300)}), most_tensors=10)
 
 
 def test_trailing_bytes_and_repeated_keys_are_refused(tmp_path):
@@ -212,10 +212,3 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "alone/x.msgpack").write_bytes(msgpack.packb(tree_of(some())))
     with pytest.raises(FileNotFoundError, match=r"no metadata.json: .*with metadata.json beside it"):
         find_artefact(tmp_path / "alone/x.msgpack")
-
-
-def test_without_msgpack_the_error_says_what_to_install(tmp_path, monkeypatch):
-    write_artefact(tmp_path, {})
-    monkeypatch.setitem(sys.modules, "msgpack", None)
-    with pytest.raises(ImportError, match=r"drifting-diffusers\[convert\]"):
-        read(tmp_path)

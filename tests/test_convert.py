@@ -12,7 +12,6 @@ from drifting_diffusers.artefacts import find_artefact, read_tensors
 from drifting_diffusers.generator import DriftingGenerator
 from drifting_diffusers.labels import imagenet_labels
 from drifting_diffusers.layouts import generator_config, generator_layout, rename
-from drifting_diffusers.releases import RELEASES
 
 RELEASED = ["release_like", "plain", "pixel_like", "qknorm_layernorm", "bf16", "small_scale_rms", "small_scale_ln"]
 
@@ -187,19 +186,6 @@ def test_a_decoder_is_taken_as_given(tmp_path):
         latents = pipe([1], generator=torch.Generator().manual_seed(0), output_type="latent").images
         images = pipe([1], generator=torch.Generator().manual_seed(0), output_type="pt").images
         assert_close(images, (vae.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1))
-
-
-def test_the_table_of_released_artefacts():
-    assert list(RELEASES) == [
-        "latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation", "mae_latent_640", "mae_latent_256", "mae_pixel_640",
-    ]  # fmt: skip
-    for name, release in RELEASES.items():
-        assert release.name == name
-        assert release.path == f"models/{release.kind}/jax/{name}"
-        if release.kind == "gen":
-            assert RELEASES[release.encoder].kind == "mae"
-            assert RELEASES[release.encoder].space == release.space
-            assert release.guidance_scale == min(release.results, key=lambda row: row[1])[0]  # where the FID is best
 
 
 def test_imagenet_labels(shared):

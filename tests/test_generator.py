@@ -307,6 +307,7 @@ def test_lora(tmp_path):
         ({"sample_size": (8, 9)}, "got 2 for 8 x 9"),
         ({"patch_size": 0}, "patch_size must divide"),
         ({"attention_head_dim": 7}, "attention_head_dim must be even, got 7"),
+        ({"num_attention_heads": 1, "attention_head_dim": 6}, r"must be a multiple of 4, got 1 \* 6"),
         ({"activation": "relu"}, "got 'relu'"),
         ({"norm_type": "batch_norm"}, "got 'batch_norm'"),
         ({"sample_size": 0}, "sample_size must be at least 1, got 0 x 0"),

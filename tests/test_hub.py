@@ -4,14 +4,11 @@ The library reads its endpoint when it is imported, so what talks to the loopbac
 """
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-from loopback_hub import TOKEN, LoopbackHub, Repository
+from loopback_hub import LoopbackHub, Repository, run_script
 
 from drifting_diffusers import hub
 
@@ -72,23 +69,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def run(script: str, home: Path, endpoint: str, **environment: str) -> None:
-    """Run a script in a process that believes `endpoint` is the Hub; its arguments are one folder for everything it keeps."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    env |= {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home / "hf"),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(script), str(home)],
-        env=env | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script(PREAMBLE + textwrap.dedent(script), home, endpoint, **environment)
 
 
 @pytest.fixture(scope="module")

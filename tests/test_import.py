@@ -52,6 +52,7 @@ def test_public_names_are_a_snapshot():
         "DriftingObjective",
         "DriftingPipeline",
         "DriftingTrainer",
+        "MaskedAutoencoder",
         "MultiScaleStatistics",
         "Pixels",
         "SampleBank",

@@ -36,6 +36,24 @@ def test_every_location_is_a_problem_and_features_are_summed():
     assert_close(loss, by_hand.mean() + DriftingObjective(Pixels())(x, y)[0])
 
 
+def test_an_encoder_stands_for_its_activations():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def activations(self, x):
+            return Rows()(self.weight * x)
+
+    x, y, encoder = images(2, 4, 0), images(2, 5, 1), Encoder().train()
+    objective = DriftingObjective(encoder)
+    assert_close(objective(x, y)[0], DriftingObjective([encoder.activations])(x, y)[0])
+    assert objective.describe() == DriftingObjective(encoder.activations).describe()
+    objective.freeze(torch.device("cpu"))
+    assert not encoder.training
+    assert not encoder.weight.requires_grad
+
+
 def test_negatives_carry_the_weight_of_their_label():
     x, y, n = images(2, 4, 0), images(2, 5, 1), images(2, 3, 2)
     masses = torch.tensor([0.0, 2.0])

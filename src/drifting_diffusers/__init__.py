@@ -16,6 +16,7 @@ _HOME = {
     "DriftingObjective": "objective",
     "DriftingPipeline": "pipeline",
     "DriftingTrainer": "trainer",
+    "MaskedAutoencoder": "encoders",
     "MultiScaleStatistics": "features",
     "Pixels": "features",
     "SampleBank": "bank",
@@ -31,6 +32,7 @@ __all__ = [
     "DriftingObjective",
     "DriftingPipeline",
     "DriftingTrainer",
+    "MaskedAutoencoder",
     "MultiScaleStatistics",
     "Pixels",
     "SampleBank",
@@ -42,6 +44,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .bank import SampleBank as SampleBank
     from .config import DriftingConfig as DriftingConfig
+    from .encoders import MaskedAutoencoder as MaskedAutoencoder
     from .features import MultiScaleStatistics as MultiScaleStatistics
     from .features import Pixels as Pixels
     from .features import Windows as Windows

@@ -52,47 +52,60 @@ def from_release(
         FileNotFoundError: if there is no such folder or file.
         ValueError: for an unknown name, an artefact of another kind, a broken one, or tensors that are missing, left over or of another shape.
     """
-    if str(source) not in RELEASES:
-        return convert(cls, kind, source, dtype=dtype)
-    release = RELEASES[str(source)]
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    release = RELEASES.get(str(source))
+    if release is None:
+        return convert(cls, kind, find_source(source), dtype=dtype)
     if release.kind != kind:
         fitting = [name for name, other in RELEASES.items() if other.kind == kind]
         raise ValueError(f'{source} holds a "{release.kind}", not a "{kind}"; those are {", ".join(fitting)}')
-    snapshot = Path(
-        snapshot_download(
-            REPOSITORY,
-            allow_patterns=[f"{release.path}/*{name}" for name in ("metadata.json", ".msgpack", ".msgpack.xz")],
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-    )
-    kept = cached_assets_path("drifting_diffusers", "releases", str(source), assets_dir=cache_dir and Path(cache_dir, "assets"))
-    return _kept(cls, kind, snapshot / release.path, kept / f"{snapshot.name}-{LAYOUT}", dtype)
+    artefact = find_source(source, **where)
+    commit = artefact.parents[len(Path(release.path).parts) - 1].name
+    kept = cached_assets_path("drifting_diffusers", "releases", release.name, assets_dir=cache_dir and Path(cache_dir, "assets"))
+    return _kept(cls, kind, artefact, kept / f"{commit}-{LAYOUT}", dtype)
+
+
+def find_source(source: str | os.PathLike, **where: Any) -> Path:
+    """Where an artefact lies: a folder or file as it is given, or, for a released name, the download of it in the Hub's cache.
+
+    What is there already is not fetched again, and what was cut off goes on where it stopped.
+
+    Args:
+        source: as in `from_release`.
+        where: revision, token, cache_dir and local_files_only, as `snapshot_download` takes them.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, file or name.
+    """
+    release = RELEASES.get(str(source))
+    if release is None:
+        if not Path(source).exists():
+            raise FileNotFoundError(
+                f"{source} is neither a released artefact ({', '.join(RELEASES)}) nor a folder or file: check the name or the path"
+            )
+        return Path(source)
+    wanted = [f"{release.path}/*{name}" for name in ("metadata.json", ".msgpack", ".msgpack.xz")]
+    folder = Path(snapshot_download(REPOSITORY, allow_patterns=wanted, **where)) / release.path
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{REPOSITORY} has no {release.path}: give the revision that has it, or the folder of a copy")
+    return folder
 
 
 def _kept(cls: type[Model], kind: str, artefact: Path, folder: Path, dtype: torch.dtype | None) -> Model:
     """The conversion in `folder`, made and put there first if need be; processes that start together wait for one of them."""
     with WeakFileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            model = convert(cls, kind, artefact)
             part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
             try:
-                model.save_pretrained(part)
+                convert(cls, kind, artefact).save_pretrained(part)
                 part.rename(folder)  # whole or not at all
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-            return model.to(dtype) if dtype is not None else model
     return cls.from_pretrained(folder, dtype=dtype)
 
 
 def convert(cls: type[Model], kind: str, source: str | os.PathLike, *, dtype: torch.dtype | None = None) -> Model:
     """The model of a folder or file; see `from_release`."""
-    if not Path(source).exists():
-        raise FileNotFoundError(
-            f"{source} is neither a released artefact ({', '.join(RELEASES)}) nor a folder or file: check the name or the path"
-        )
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or torch.float64, got {dtype!r}")
     metadata, file = find_artefact(source)

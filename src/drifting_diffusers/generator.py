@@ -167,7 +167,7 @@ class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixi
         super().__init__()
         height, columns = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         _check_numbers(self.config)
-        _check_config(height, columns, patch_size, attention_head_dim, activation, norm_type)
+        _check_config(height, columns, patch_size, num_attention_heads, attention_head_dim, activation, norm_type)
         self.sample_height, self.sample_width = height, columns
         self.grid = (height // patch_size, columns // patch_size)
         self.out_channels = out_channels or in_channels
@@ -335,13 +335,18 @@ def _finite_and_positive(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value) and float(value) > 0
 
 
-def _check_config(height: int, columns: int, patch_size: int, head_dim: int, activation: str, norm_type: str) -> None:
+def _check_config(height: int, columns: int, patch_size: int, heads: int, head_dim: int, activation: str, norm_type: str) -> None:
     if min(height, columns) < 1:
         raise ValueError(f"sample_size must be at least 1, got {height} x {columns}")
     if patch_size < 1 or height % patch_size or columns % patch_size:
         raise ValueError(f"patch_size must divide both sides of sample_size, got {patch_size} for {height} x {columns}")
     if head_dim % 2:
         raise ValueError(f"attention_head_dim must be even, got {head_dim}: rotations act on pairs")
+    if heads * head_dim % 4:
+        raise ValueError(
+            f"num_attention_heads * attention_head_dim must be a multiple of 4, got {heads} * {head_dim}: places are sines and "
+            f"cosines of rows and columns"
+        )
     if activation not in ("swiglu", "gelu"):
         raise ValueError(f'activation must be "swiglu" or "gelu", got {activation!r}')
     if norm_type not in NORMS:

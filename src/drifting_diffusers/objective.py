@@ -30,12 +30,14 @@ class DriftingObjective:
     Every location of a feature map is a problem of its own; its length unit and strengths are shared by all locations and labels of the step.
 
     Args:
-        features: one feature map or several whose names differ; `Pixels` alone is the loss without an encoder.
+        features: one feature map or several whose names differ; `Pixels` alone is the loss without an encoder. An encoder stands for its
+            `activations`.
         field: the drifting field.
     """
 
     def __init__(self, features: FeatureMap | Sequence[FeatureMap], field: Field = DriftingField()):
-        self.feature_maps = [features] if callable(features) else list(features)
+        given = list(features) if isinstance(features, Sequence) and not isinstance(features, nn.Module) else [features]
+        self.feature_maps: list[Any] = [getattr(feature_map, "activations", feature_map) for feature_map in given]
         self.field = field
         self.ignored: set[str] = set()
         self._packed: dict[str, tuple[int, ...]] = {}  # shapes of the features in a packed vector

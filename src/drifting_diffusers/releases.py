@@ -5,6 +5,8 @@ The numbers are theirs (README of their repository and arXiv 2602.04770, tables 
 
 from dataclasses import dataclass
 
+from huggingface_hub import EvalResult, ModelCardData
+
 REPOSITORY = "Goodeat/drifting"
 VAE = "stabilityai/sd-vae-ft-mse"  # the decoder of the latent generators, scaling factor 0.18215
 
@@ -87,3 +89,155 @@ _ROWS = [
     Release("mae_pixel_640", "mae", "pixel", "masked autoencoder of pixels in patches of 8 x 8, 640 channels"),
 ]
 RELEASES = {row.name: row for row in _ROWS}
+
+
+def release_card(name: str, repo_id: str | None = None) -> str:
+    """The README.md of a converted artefact: what it is, how to use it, what its authors report, what is to be minded.
+
+    Args:
+        name: of the artefact.
+        repo_id: where the converted model lies; without one the snippet converts.
+    """
+    release = RELEASES[name]
+    cls = "DriftingPipeline" if release.kind == "gen" else "MaskedAutoencoder"
+    load = f'{cls}.from_pretrained("{repo_id}")' if repo_id else f'{cls}.from_release("{name}")'
+    sections = [
+        f"---\n{_metadata(release, repo_id)}\n---",
+        f"# {repo_id.split('/')[-1] if repo_id else name}",
+        (_GENERATOR if release.kind == "gen" else _ENCODER).format(
+            **vars(release), load=load, samples=_SAMPLES[release.space], seen=_SEEN[release.space], encoders=_encoders(release)
+        ),
+        *([_reported(release)] if release.results else []),
+        _USE[release.kind],
+        _ORIGIN.format(name=name, path=release.path, repository=REPOSITORY),
+    ]
+    return "\n\n".join(section.strip() for section in sections) + "\n"
+
+
+_SAMPLES = {
+    "latent": f"latents of 4 x 32 x 32, which [{VAE}](https://huggingface.co/{VAE}) decodes to images of 256 x 256 (scaling factor 0.18215)",
+    "pixel": "images of 3 x 256 x 256, without a decoder",
+}
+
+_SEEN = {
+    "latent": f"latents of 4 x 32 x 32 of [{VAE}](https://huggingface.co/{VAE}), times 0.18215",
+    "pixel": "images of 3 x 256 x 256 in [-1, 1]",
+}
+
+
+def _encoders(release: Release) -> str:
+    convnext = " and of [ConvNeXt V2](https://huggingface.co/facebook/convnextv2-base-22k-224)" if release.space == "pixel" else ""
+    return f"`{release.encoder}`{convnext}"
+
+
+_GENERATOR = """
+A one-step generator of ImageNet 256 x 256 by the authors of [Generative Modeling via Drifting](https://arxiv.org/abs/2602.04770), converted from
+their JAX weights to drifting_diffusers. {description}. It makes {samples}, in one network call. It was trained in the features of {encoders}.
+
+```bash
+pip install drifting-diffusers
+```
+
+```python
+import torch
+from drifting_diffusers import DriftingPipeline
+
+pipe = {load}
+images = pipe(["macaw", "alp"], generator=torch.Generator().manual_seed(0)).images
+```
+
+`guidance_scale` is an input of the network, from 1 (none) to 4; {guidance_scale} is taken if none is given, where the FID reported below is best.
+`.to(torch.bfloat16)` runs it as the release does."""
+
+_ENCODER = """
+A feature encoder by the authors of [Generative Modeling via Drifting](https://arxiv.org/abs/2602.04770), converted from their JAX weights to
+drifting_diffusers: {description}. It sees {seen}. Drifting models are trained in its activations: 86 sets of features, from single places to the
+whole image.
+
+```bash
+pip install drifting-diffusers
+```
+
+```python
+from drifting_diffusers import DriftingObjective, MaskedAutoencoder
+
+encoder = {load}
+objective = DriftingObjective(encoder.activations)
+```"""
+
+_USE = {
+    "gen": """
+## Intended use and limits
+
+For research on one-step generation and for comparison. It knows the 1000 classes of ImageNet-1k and nothing else, at 256 x 256. Expect
+failures on faces, hands and text, as with most models of ImageNet, and the biases of its training data. It must not be used to make images that pass for real ones.""",
+    "mae": """
+## Intended use and limits
+
+For training generators of ImageNet 256 x 256 and for research on features. It was trained on ImageNet-1k alone; elsewhere its features may mean
+little. It makes no images worth looking at: its reconstructions only served its training.""",
+}
+
+_ORIGIN = """
+## Origin and licence
+
+Converted from `{path}` of [{repository}](https://huggingface.co/{repository}) with `drifting-diffusers convert {name}`; every tensor is taken over
+as it is. That conversion and network give the numbers of the reference implementation is tested with recorded outputs of small networks of the same
+kinds; with these weights themselves no comparison was recorded.
+
+The source names no licence for the weights: check there what is allowed before you use or share them. ImageNet has terms of its own.
+
+```bibtex
+@article{{deng2026generative,
+  title={{Generative Modeling via Drifting}},
+  author={{Deng, Mingyang and Li, He and Li, Tianhong and Du, Yilun and He, Kaiming}},
+  journal={{arXiv preprint arXiv:2602.04770}},
+  year={{2026}}
+}}
+```"""
+
+
+def _reported(release: Release) -> str:
+    rows = [f"| {scale} | {fid} | {'-' if score is None else score} | the {where} |" for scale, fid, score, where in release.results]
+    return "\n".join([
+        "## Results, as the authors report them",
+        "",
+        "50,000 samples against the training set, one step; not measured again here. The release is the table of its README, the paper arXiv 2602.04770.",
+        "",
+        "| guidance scale | FID | IS | reported by |",
+        "|---|---|---|---|",
+        *rows,
+    ])  # fmt: skip
+
+
+def _metadata(release: Release, repo_id: str | None) -> str:
+    generator = release.kind == "gen"
+    task = "unconditional-image-generation" if generator else "image-feature-extraction"
+    scale, fid, score, _ = release.results[0] if generator else (None, None, None, None)
+    evaluations = [
+        EvalResult(
+            task_type=task,
+            dataset_type="ILSVRC/imagenet-1k",
+            dataset_name=f"ImageNet 256x256, guidance scale {scale}",
+            metric_type=metric,
+            metric_value=value,
+            source_name="reported by the authors",
+            source_url="https://github.com/lambertae/drifting",
+        )
+        for metric, value in (("fid", fid), ("inception_score", score))
+        if value is not None
+    ]
+    data = ModelCardData(
+        library_name="drifting-diffusers",
+        tags=["diffusers", "drifting", *(["one-step", "class-conditional-image-generation"] if generator else []), "arxiv:2602.04770"],
+        pipeline_tag=task,
+        license="other",
+        license_name="see-the-source",
+        license_link=f"https://huggingface.co/{REPOSITORY}",
+        datasets=["ILSVRC/imagenet-1k"],
+        base_model=REPOSITORY,
+        metrics=["fid", "inception_score"] if generator else None,
+        model_name=(repo_id or release.name).split("/")[-1] if generator else None,
+        eval_results=evaluations or None,
+    )
+    return data.to_yaml()

@@ -101,6 +101,7 @@ class DriftingTrainer:
         self.schedule = LambdaLR(optimizer, lambda step: learning_rate_at(step, config) / config.learning_rate)
         # Not diffusers' EMAModel: that one ramps its decay and needs many times 1/(1 - decay) steps.
         self.ema = AveragedModel(self.accelerator.unwrap_model(self.generator), multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.ema.n_averaged.fill_(1)  # the initial weights count, as in the release; at 0 the first update would copy
         self._ignore_constant_features()
         stored = tuple(self._stored(self.train_data[0][0][None]).shape[1:])
         bank = lambda classes, size: SampleBank(classes, size, stored, device=self.accelerator.device)

@@ -1,0 +1,129 @@
+"""The command `drifting-diffusers`: each verb is a thin shell over the library.
+
+Only argparse is imported until a verb runs, so that `--help` answers at once.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+CONVERT = """\
+Convert weights of the reference release of "Generative Modeling via Drifting" into a folder of diffusers' format.
+
+SOURCE is a name (latent_L_sota, latent_B_sota, pixel_L_sota, pixel_B_sota, ablation, mae_latent_640, mae_latent_256,
+mae_pixel_640), which is downloaded from the Hub at HF_ENDPOINT and continued where a download was cut off; or a folder with
+metadata.json and ema_params.msgpack; or a .msgpack or .msgpack.xz file with metadata.json beside it.
+"""
+
+EXAMPLES = """\
+examples:
+  drifting-diffusers convert latent_L_sota models/drifting-L
+  drifting-diffusers convert runs/mine/params_ema models/mine --dtype bfloat16 --guidance-scale 1.1
+  drifting-diffusers convert mae_latent_640 models/mae --push-to-hub user/mae-latent-640 --private
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 for done, 1 for an error in one line, 2 for a wrong command, 130 for an interruption."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:  # of the Hub too, which are OSErrors
+        if options.traceback:
+            raise
+        print(f"drifting-diffusers: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="drifting-diffusers", description="Drifting Models: one-step generators for diffusers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="command")
+    convert = verbs.add_parser(
+        "convert",
+        help="the authors' released weights -> a folder that from_pretrained loads",
+        description=CONVERT,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="SOURCE", help="a released name, a folder or a file")
+    convert.add_argument("target", metavar="TARGET", type=Path, help="the folder to write; it must not exist or be empty")
+    convert.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; the release's are float32 (default)")
+    convert.add_argument(
+        "--guidance-scale", type=float, metavar="ALPHA", help="the pipeline's default; that of the best reported FID for a name, else 1"
+    )
+    convert.add_argument(
+        "--vae", metavar="NAME", help="decoder of latents: a folder or a Hub repository (default: stabilityai/sd-vae-ft-mse)"
+    )
+    convert.add_argument("--no-vae", action="store_true", help="leave the decoder out; samples stay latents")
+    convert.add_argument("--revision", help="of the release's repository: a branch, tag or commit")
+    convert.add_argument("--push-to-hub", metavar="USER/REPOSITORY", help="upload the folder, with its card, after it is written")
+    convert.add_argument("--private", action="store_true", default=None, help="make that repository private, should it be new")
+    convert.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _convert(options: argparse.Namespace) -> None:
+    target: Path = options.target
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder: nothing is overwritten, give another TARGET")
+    if options.private and not options.push_to_hub:
+        raise ValueError("--private says how to make a repository on the Hub: give --push-to-hub too, or leave it out")
+    started = time.monotonic()
+    model, name = _load(options)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True) as part:
+        folder = Path(part, target.name)
+        model.save_pretrained(folder)
+        if name is not None:
+            from .releases import release_card
+
+            (folder / "README.md").write_text(release_card(name, options.push_to_hub), encoding="utf-8")
+        folder.replace(target)  # whole or not at all
+    weights = sum(p.numel() for p in getattr(model, "transformer", model).parameters())
+    print(f"{target}: {type(model).__name__}, {weights:,} weights in {options.dtype}, {time.monotonic() - started:.0f} s")
+    print(f'load it with {type(model).__name__}.from_pretrained("{target}")')
+    if options.push_to_hub:
+        from . import hub
+
+        hub.upload(model, target, options.push_to_hub, private=options.private)
+        print(f"pushed to {options.push_to_hub}")
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, str | None]:
+    """The converted model and, if it is one of the release's, its name."""
+    import torch
+
+    from .artefacts import find_artefact
+    from .convert import find_source, kind_of
+    from .encoders import MaskedAutoencoder
+    from .pipeline import DriftingPipeline
+    from .releases import RELEASES, VAE
+
+    release = RELEASES.get(options.source)
+    if release is None and options.revision:
+        raise ValueError("--revision is of the release's repository: leave it out for a folder or file")
+    path = find_source(options.source, **({"revision": options.revision} if release else {}))
+    dtype = getattr(torch, options.dtype)
+    name = release.name if release else None
+    if kind_of(find_artefact(path)[0]) == "mae":
+        wrong = [f"--{flag}" for flag in ("guidance-scale", "vae", "no-vae") if getattr(options, flag.replace("-", "_"))]
+        if wrong:
+            raise ValueError(f"{' and '.join(wrong)} are of generators, {options.source} is a feature encoder: leave them out")
+        return MaskedAutoencoder.from_release(path, dtype=dtype), name
+    scale = options.guidance_scale if options.guidance_scale is not None else release.guidance_scale if release else None
+    vae = None if options.no_vae else options.vae or VAE
+    return DriftingPipeline.from_release(path, dtype=dtype, guidance_scale=scale, vae=vae), name
