@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from drifting_diffusers import DriftingObjective
-from drifting_diffusers.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneFeatures, ConvNextV2Features
+from drifting_diffusers.backbones import IMAGENET_MEAN, IMAGENET_STD, BackboneFeatures, ConvNextV2Features, standardised
 from drifting_diffusers.features import FeatureMap
 
 IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
@@ -233,6 +233,18 @@ def test_standardised_channels_have_mean_0_and_deviation_1(family):
         assert_close(found[name].mean(2), torch.zeros(found[name].shape[:2]), atol=1e-5, rtol=0)
     assert_close(found["pooled"], raw["pooled"])
     assert_close(found["layer4_mean"][:, 0], found["layer4"].mean(1))
+
+
+def test_standardising_is_done_in_float32():
+    places = features("dinov2", standardise=True).to(torch.bfloat16)(images())["layer4"]
+    assert_close(places.mean(2), torch.zeros(2, 16), atol=1e-5, rtol=0)
+
+
+def test_standardising_equal_channels_has_a_gradient():
+    x = torch.full((1, 4, 2, 2), 3.0, requires_grad=True)
+    standardised(x).square().sum().backward()
+    assert_close(standardised(x).detach(), torch.zeros(1, 4, 2, 2))
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(80, 56), (20, 40), (32, 32), (24, 100)])
