@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingTrainer, MultiScaleStatistics, Pixels, Windows
-from drifting_diffusers.data import LabelledImages
 from drifting_diffusers.classifiers import SmallClassifier, train_classifier
+from drifting_diffusers.data import LabelledImages
 from drifting_diffusers.evaluation import accuracy
 
 DATA = Path(__file__).parent / "data/fashion_mnist"

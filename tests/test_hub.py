@@ -88,6 +88,11 @@ np.save(FOLDER / "second.npy", draw(build(5)))
 build(7).push_to_hub("tester/fish", variant="fp16")
 np.save(FOLDER / "variant.npy", draw(build(7)))
 
+# networks alone
+from drifting_diffusers import MaskedAutoencoder
+generator().push_to_hub("tester/network", private=True)
+MaskedAutoencoder(base_channels=32, layers_per_stage=[1, 1, 1, 1], num_classes=2).push_to_hub("tester/encoder", max_shard_size="1MB")
+
 # a variant of the generator alone
 build(7).save_pretrained(FOLDER / "mixed", variant="fp16")
 (FOLDER / "mixed/vae/diffusion_pytorch_model.fp16.safetensors").rename(FOLDER / "mixed/vae/diffusion_pytorch_model.safetensors")
@@ -195,6 +200,18 @@ raises(OSError, "v9", lambda: load("tester/fish", revision="v9"))
         server.url,
     )
     return {path for method, path in server.requests if method == "GET" and "/resolve/" in path}
+
+
+def test_networks_alone_have_cards_of_ours(server, pushed, home):
+    for name, cls in (("network", "DriftingGenerator"), ("encoder", "MaskedAutoencoder")):
+        card = pushed[f"tester/{name}"].files()["README.md"].decode()
+        assert "library_name: drifting-diffusers" in card
+        assert f'{cls}.from_pretrained("tester/{name}")' in card
+        run(
+            f'from drifting_diffusers import {cls}; assert {cls}.from_pretrained("tester/{name}").config.num_classes == 2', home, server.url
+        )
+    assert pushed["tester/network"].private
+    assert sum(path.endswith(".safetensors") for path in pushed["tester/encoder"].files()) > 1
 
 
 def test_our_class_loads_from_the_hub_and_fetches_no_code(fetched):

@@ -45,6 +45,8 @@ def test_an_unknown_name_says_which_names_there_are():
 
 def test_public_names_are_a_snapshot():
     assert dir(drifting_diffusers) == [
+        "BackboneFeatures",
+        "ConvNextV2Features",
         "Drift",
         "DriftingConfig",
         "DriftingField",

@@ -26,11 +26,12 @@ def newcomer(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_there_are_three_blocks():
-    assert len(BLOCKS) == 3
+def test_there_are_four_blocks():
+    assert len(BLOCKS) == 4
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["draw", "train", "field"])
+# test_release_hub.py runs the one that downloads.
+@pytest.mark.parametrize("block", [block for block in BLOCKS if "from_release" not in block], ids=["draw", "train", "field"])
 def test_every_block_runs(block, newcomer):
     torch.manual_seed(0)
     names: dict = {}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "BackboneFeatures": "backbones",
+    "ConvNextV2Features": "backbones",
     "Drift": "fields",
     "DriftingConfig": "config",
     "DriftingField": "fields",
@@ -25,6 +27,8 @@ _HOME = {
 }
 
 __all__ = [
+    "BackboneFeatures",
+    "ConvNextV2Features",
     "Drift",
     "DriftingConfig",
     "DriftingField",
@@ -42,6 +46,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .backbones import BackboneFeatures as BackboneFeatures
+    from .backbones import ConvNextV2Features as ConvNextV2Features
     from .bank import SampleBank as SampleBank
     from .config import DriftingConfig as DriftingConfig
     from .encoders import MaskedAutoencoder as MaskedAutoencoder

@@ -61,7 +61,7 @@ def from_release(
         raise ValueError(f'{source} holds a "{release.kind}", not a "{kind}"; those are {", ".join(fitting)}')
     artefact = find_source(source, **where)
     commit = artefact.parents[len(Path(release.path).parts) - 1].name
-    kept = cached_assets_path("drifting_diffusers", "releases", release.name, assets_dir=cache_dir and Path(cache_dir, "assets"))
+    kept = cached_assets_path("drifting_diffusers", "releases", release.name, assets_dir=Path(cache_dir, "assets") if cache_dir else None)
     return _kept(cls, kind, artefact, kept / f"{commit}-{LAYOUT}", dtype)
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .convert import from_release
 from .features import map_statistics
+from .hub import PushWithCard
 from .shapes import Float, Int
 
 GROUPS = 32  # of every norm; the release takes the largest divisor of the channels up to 32, and all channels are multiples of 32
@@ -94,7 +95,7 @@ class UpBlock(nn.Module):
         return self.refine(self.proj(self.norm(torch.cat([x, skip], dim=1))))
 
 
-class MaskedAutoencoder(ModelMixin, ConfigMixin):
+class MaskedAutoencoder(PushWithCard, ModelMixin, ConfigMixin):
     """The feature encoder, with the decoder and the classifier that it is trained with.
 
     `DriftingObjective(encoder.activations)` compares samples in it. In 16 bits convolutions run in 16 bits and the statistics of every norm and

@@ -27,6 +27,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from .convert import from_release
+from .hub import PushWithCard
 from .shapes import Float, Int
 
 EPS = 1e-6  # of every norm in the release
@@ -110,7 +111,7 @@ def mlp_width(width: int, mlp_ratio: float, activation: str) -> int:
     return inner if activation == "gelu" else -(-int(2 / 3 * inner) // 32) * 32
 
 
-class DriftingGenerator(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class DriftingGenerator(PushWithCard, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     r"""Noise in, sample out, in one call.
 
     The condition is class embedding + sum of style embeddings + 0.02 RMSNorm(MLP(Fourier(guidance scale))). It modulates every block and, projected,

@@ -8,6 +8,7 @@ while our own class reads the names back as what they stand for, runs nothing fr
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -93,8 +94,31 @@ def download_components(
     return fetch(allow_patterns=[*allow, *(f"{name}/*.{suffix}" for name in plain)], ignore_patterns=[f"*.*.{suffix}"])
 
 
+class PushWithCard:
+    """`push_to_hub` with our card in place of diffusers' empty one, for pipelines and single networks."""
+
+    save_pretrained: Any
+
+    def push_to_hub(
+        self, repo_id: str, *, safe_serialization: bool = True, variant: str | None = None, max_shard_size: Any = None, **kwargs: Any
+    ) -> Any:
+        """Save to a temporary folder and upload it.
+
+        Args:
+            repo_id: the repository, made if it is new.
+            safe_serialization: whether to save as safetensors.
+            variant: goes into the names of the weights, as in "fp16".
+            max_shard_size: of a file, as in "5GB".
+            kwargs: commit_message, private, token, create_pr.
+        """
+        sharded = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, **sharded)
+            return upload(self, folder, repo_id, **kwargs)
+
+
 def upload(
-    pipeline: DiffusionPipeline,
+    model: Any,
     folder: str | os.PathLike,
     repo_id: str,
     *,
@@ -103,14 +127,14 @@ def upload(
     token: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """Upload a saved pipeline; the repository is made if it is new, and gets our card if it has none of its own."""
+    """Upload a saved pipeline or network; the repository is made if it is new, and gets our card if it has none of its own."""
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    write_card(pipeline, folder, repo_id, token=token)
-    message = commit_message or f"Upload {type(pipeline).__name__}"
+    write_card(model, folder, repo_id, token=token)
+    message = commit_message or f"Upload {type(model).__name__}"
     return upload_folder(repo_id=repo_id, folder_path=str(folder), token=token, commit_message=message, create_pr=create_pr)
 
 
-def write_card(pipeline: DiffusionPipeline, folder: str | os.PathLike, repo_id: str, *, token: str | None = None) -> None:
+def write_card(model: Any, folder: str | os.PathLike, repo_id: str, *, token: str | None = None) -> None:
     """Put a README.md in `folder`: the one already there, else the repository's if somebody wrote it, else ours with the numbers of results.json."""
     readme, results = Path(folder, "README.md"), Path(folder, "results.json")
     if readme.exists():
@@ -120,7 +144,10 @@ def write_card(pipeline: DiffusionPipeline, folder: str | os.PathLike, repo_id: 
     except EntryNotFoundError:
         text = CARD_MARK
     if CARD_MARK in text:
-        text = model_card(pipeline, json.loads(results.read_text(encoding="utf-8")) if results.exists() else None, repo_id=repo_id)
+        measured = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+        text = (
+            model_card(model, measured, repo_id=repo_id) if isinstance(model, DiffusionPipeline) else network_card(model, repo_id=repo_id)
+        )
     readme.write_text(text, encoding="utf-8")
 
 
@@ -157,6 +184,21 @@ def model_card(pipeline: DiffusionPipeline, results: Mapping[str, Any] | None = 
         rows = [f"| {name} | {value} |" for name, value in metrics.items()]
         parts.append("\n".join(["## Results", "", "| metric | value |", "|---|---|", *rows, "", *_how(results)]))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def network_card(model: Any, *, repo_id: str = "user/repository") -> str:
+    """The text of a README.md for a network alone, a generator or a feature encoder: what it is and how to load it."""
+    name, weights = type(model).__name__, sum(p.numel() for p in model.parameters())
+    choices = "\n".join(f"| {key} | {value} |" for key, value in model.config.items() if not key.startswith("_"))
+    data = ModelCardData(library_name="drifting-diffusers", tags=["diffusers", "drifting", "arxiv:2602.04770"])
+    return "\n\n".join([
+        f"---\n{data.to_yaml()}\n---\n{CARD_MARK}",
+        f"# {repo_id.split('/')[-1]}",
+        f"A `{name}` of {weights:,} weights, of a drifting model ([Generative Modeling via Drifting](https://arxiv.org/abs/2602.04770)).",
+        f'```bash\npip install drifting-diffusers\n```\n\n```python\nfrom drifting_diffusers import {name}\n\n'
+        f'model = {name}.from_pretrained("{repo_id}")\n```',
+        f"## Configuration\n\n| | |\n|---|---|\n{choices}\n",
+    ])  # fmt: skip
 
 
 def _how(results: Mapping[str, Any]) -> list[str]:

@@ -69,4 +69,4 @@ def checked_id(label: Any, classes: int) -> int:
 @cache
 def imagenet_labels() -> tuple[str, ...]:
     """The 1000 classes of ImageNet-1k by their ids, in WordNet's words; two pairs of namesakes carry their WordNet id."""
-    return tuple(files(__package__).joinpath("imagenet_labels.txt").read_text(encoding="utf-8").splitlines())
+    return tuple(files("drifting_diffusers").joinpath("imagenet_labels.txt").read_text(encoding="utf-8").splitlines())

@@ -4,7 +4,6 @@ Each image takes its noise and then its style from its own generator, so the sam
 """
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,7 +25,7 @@ Label = SupportsIndex | str
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class DriftingPipeline(DiffusionPipeline):
+class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
     r"""Draws images from a `DriftingGenerator`, one network call per image.
 
     Args:
@@ -190,22 +189,6 @@ class DriftingPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
             hub.upload(self, save_directory, upload.pop("repo_id", Path(save_directory).name), **upload)
-
-    def push_to_hub(
-        self, repo_id: str, *, safe_serialization: bool = True, variant: str | None = None, max_shard_size: Any = None, **kwargs: Any
-    ) -> Any:
-        """Save to a temporary folder and upload it.
-
-        Args:
-            repo_id: the repository, made if it is new.
-            safe_serialization: whether to save as safetensors.
-            variant: goes into the names of the weights, as in "fp16".
-            max_shard_size: of a file, as in "5GB".
-            kwargs: commit_message, private, token, create_pr.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size)
-            return hub.upload(self, folder, repo_id, **kwargs)
 
     @classmethod
     def from_release(
