@@ -76,7 +76,6 @@ def main(argv: list[str] | None = None) -> dict:
     folder = trainer.save_model()
     results = write_results(trainer, folder, found, real)
     draw_samples(trainer)
-    draw_curves(trainer)
     report(results, trainer.run.path, folder)
     return results
 
@@ -199,28 +198,6 @@ def draw_samples(trainer: DriftingTrainer, columns: int = 10, real_columns: int 
     figure.text(0.11, 0.975, "generated, one network call each", fontsize=9, color="0.3")
     figure.text(panels[0, columns + 1].get_position().x0, 0.975, "real", fontsize=9, color="0.3")
     figure.savefig(trainer.run.path / "samples.png", dpi=150)
-    plt.close(figure)
-
-
-def draw_curves(trainer: DriftingTrainer) -> None:
-    """Energy distance of the evaluations, and the strength of every feature; the loss is flat by construction."""
-    evaluations = [entry for entry in trainer.log_history if "energy" in entry]
-    steps = [entry["step"] for entry in evaluations]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.plot(steps, [e["energy"] for e in evaluations], "o-", color="#d1495b", label="generated")
-    left.axhline(evaluations[-1]["energy_real"], color="0.5", linestyle="--", label="real images")
-    left.set(title="Energy distance to held-out images", xlabel="step", yscale="log")
-    left.legend(frameon=False)
-
-    logged = [entry for entry in trainer.log_history if "loss" in entry]
-    temperatures = trainer.objective.field.temperatures
-    for name in sorted(key for key in logged[-1] if key.startswith("strength/") and key.endswith(f"/{len(temperatures) - 1}")):
-        right.plot([e["step"] for e in logged], [e[name] for e in logged], linewidth=1, label=name.split("/")[1])
-    right.set(title=f"Strength of the field at temperature {temperatures[-1]}", xlabel="step", yscale="log")
-    right.legend(frameon=False, fontsize=8)
-    for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(trainer.run.path / "curves.png", dpi=150)
     plt.close(figure)
 
 

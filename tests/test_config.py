@@ -86,6 +86,7 @@ def test_values_that_do_not_go_together_are_refused(changes):
 def test_every_number_has_a_rule_and_every_rule_a_field():
     names = {f.name for f in dataclasses.fields(DriftingConfig)}
     free = {"output_dir", "guidance_power", "random_flip", "cache_features", "gradient_checkpointing", "image_column", "label_column"}
+    free |= {"metric_for_best_model", "greater_is_better"}
     assert set(RULES) == names - free
     assert set(CHANGEABLE) <= names
 

@@ -24,7 +24,7 @@ from drifting_diffusers import (
     Windows,
 )
 from drifting_diffusers.classifiers import SmallClassifier
-from drifting_diffusers.trainer import _halves
+from drifting_diffusers.watching import halves
 
 SMALL = {
     "max_steps": 6,
@@ -284,7 +284,7 @@ def test_too_few_images_to_evaluate_with_are_refused(images, tmp_path):
 
 def test_halves_split_every_class():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
-    reference, control = _halves(labels)
+    reference, control = halves(labels)
     assert labels[reference].tolist() == [0, 0, 1, 2, 2] == labels[control].tolist()
     assert not (reference & control).any()
 
@@ -397,14 +397,14 @@ def test_metrics_that_break_cost_no_checkpoint(images, tmp_path):
         raise RuntimeError("a bug of the user")
 
     run = trainer(images, tmp_path / "run", max_steps=4, save_steps=3)
-    run.compute_metrics = broken
+    run.watcher.compute_metrics = broken
     with pytest.raises(RuntimeError, match="a bug of the user"):
         run.train()
     assert list(run.run.checkpoints()) == [3]
     again = trainer(images, tmp_path / "run", max_steps=4, save_steps=3)
-    again.compute_metrics = lambda images, labels: {"mean": images.mean()}
+    again.watcher.compute_metrics = lambda images, labels: {"mean": images.mean()}
     assert isinstance(again.train()["mean"], float)
-    again.compute_metrics, again.log_history = (lambda images, labels: {"energy": 0.0}), []
+    again.watcher.compute_metrics, again.log_history = (lambda images, labels: {"energy": 0.0}), []
     with pytest.raises(ValueError, match=r"returned \['energy'\]"):
         again.evaluate()
 

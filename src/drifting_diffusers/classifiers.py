@@ -1,9 +1,13 @@
 """Encoders that are trained here. Their activations are what samples are compared in, where pixels are not enough."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .shapes import Float, Int
 
@@ -74,3 +78,34 @@ def train_classifier(
             schedule.step()
             on_step()
     return model.eval().requires_grad_(False)
+
+
+def kept_judge(data: Any, file: Path, *, seed: int = 0, width: int = 32, epochs: int = 8) -> SmallClassifier:
+    """A classifier of all these real images, trained once and kept in `file`; its initial weights and the order of images come from the seed.
+
+    Args:
+        data: labelled images with `gather`, `channels` and `size`, as `LabelledImages`.
+        file: safetensors.
+        seed: of everything random.
+        width: see `SmallClassifier`.
+        epochs: passes over the images.
+
+    Raises:
+        ValueError: for images above 64 pixels, which need a better network than this.
+    """
+    if max(data.size) > 64:
+        raise ValueError(
+            f"a small judge is for images of up to 64 pixels, got {data.size}: take an extractor with a classifier of these classes"
+        )
+    if file.exists():
+        model = SmallClassifier(data.channels, int(data.labels.max()) + 1, width)
+        load_model(model, file)
+        return model.eval().requires_grad_(False)
+    images, labels = data.gather(list(range(len(data))))
+    with torch.random.fork_rng(), tqdm(total=epochs * (len(images) // 128), desc="judge", unit="step", dynamic_ncols=True) as bar:
+        torch.manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
+        model = train_classifier(images, labels, generator=rng, width=width, epochs=epochs, on_step=bar.update)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(file))
+    return model

@@ -14,6 +14,8 @@ CHANGEABLE = (
     "logging_steps",
     "eval_steps",
     "preview_steps",
+    "metric_for_best_model",
+    "greater_is_better",
     "save_steps",
     "save_total_limit",
     "eval_samples_per_class",
@@ -103,6 +105,8 @@ class DriftingConfig:
     logging_steps: int = _described(10, "steps between log lines")
     eval_steps: int = _described(500, "steps between evaluations; 0 for none before the end")
     eval_samples_per_class: int = _described(100, "generated samples per class in an evaluation")
+    metric_for_best_model: str = _described("energy", "number of an evaluation that says which weights are kept in `best`")
+    greater_is_better: bool = _described(False, "whether that number should be large")
     preview_steps: int = _described(500, "steps between preview pictures; 0 for none, else there is always one at the end")
     save_steps: int = _described(1_000, "steps between checkpoints; there is always one at the end")
     save_total_limit: int = _described(2, "newest checkpoints kept")

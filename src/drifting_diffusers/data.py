@@ -3,11 +3,12 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -53,6 +54,22 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(MODES[channels])
+
+
+def open_images(name: str, split: str) -> Dataset:
+    """A split of a dataset of the Hub, of a folder of images or parquet files, or of one such file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `datasets.load_dataset` does; for a single file "train" is the only split.
+    """
+    path = Path(name)
+    if path.is_file():
+        return cast(Dataset, load_dataset("parquet" if path.suffix == ".parquet" else "imagefolder", data_files=name, split="train"))
+    if path.is_dir():
+        found = sorted(path.glob(f"**/{split}*.parquet"))
+        if found:
+            return cast(Dataset, load_dataset("parquet", data_files=[str(file) for file in found], split="train"))
+    return cast(Dataset, load_dataset(name, split=split))
 
 
 def label_names(dataset: Dataset, label_column: str) -> list[str] | None:

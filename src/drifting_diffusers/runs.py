@@ -5,6 +5,8 @@ output_dir/training_config.json   every choice of the config, written before ste
            checkpoint-1000/       all state; written aside as checkpoint-1000.partial and renamed when whole
            log.jsonl              one line per log, evaluation included
            previews/              class grids while training
+           best/                  the pipeline of the best evaluation so far, and best.json
+           curves.png             distances and strengths over the steps
            pipeline/              the trained DriftingPipeline
 """
 

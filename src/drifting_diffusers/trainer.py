@@ -11,9 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import make_image_grid
-from PIL.Image import Image
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,12 +20,12 @@ from tqdm.auto import tqdm
 from .bank import SampleBank
 from .config import DriftingConfig, learning_rate_at
 from .data import LabelledImages, ShuffledOrder, label_names
-from .evaluation import compare
 from .generator import DriftingGenerator
 from .guidance import draw_guidance, unconditional_weight
 from .objective import DriftingObjective
 from .pipeline import DriftingPipeline
 from .runs import RunFolder
+from .watching import Watcher
 
 LOSS_NOTICE = (
     "The loss of a drifting model is flat by construction (every force is divided by its own size), so it is not shown as progress. "
@@ -48,6 +45,7 @@ class DriftingTrainer:
         train_dataset: a map-style `datasets.Dataset` with images and integer labels; images are brought to the generator's size and channels.
         config: every other choice.
         eval_dataset: held-out images of the same columns, at least 4 per class. Without it distances are to training images.
+        extractor: what evaluations look through, as `load_extractor` makes it; pixels if not given.
         compute_metrics: further numbers of an evaluation, from its images [n, c, h, w] in [-1, 1] and their labels [n].
 
     Raises:
@@ -62,9 +60,10 @@ class DriftingTrainer:
         config: DriftingConfig,
         *,
         eval_dataset: Dataset | None = None,
+        extractor: Any | None = None,
         compute_metrics: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
     ):
-        self.config, self.objective, self.compute_metrics = config, objective, compute_metrics
+        self.config, self.objective = config, objective
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"this trainer runs in one process, got {self.accelerator.num_processes}; start it with plain `python`")
@@ -77,7 +76,6 @@ class DriftingTrainer:
         self._model_config = generator.config
         self.train_data = self._images(generator, train_dataset)
         self.eval_data = self.train_data if eval_dataset is None else self._images(generator, eval_dataset)
-        _check_held_out(self.eval_data)
         names = [
             label_names(d, config.label_column) if generator.config.num_classes else None
             for d in (train_dataset, eval_dataset or train_dataset)
@@ -87,6 +85,7 @@ class DriftingTrainer:
         self.labels = names[0]
         objective.freeze(self.accelerator.device)
         self.run = RunFolder(config, {"generator": _shape_of(generator), **objective.describe(), "data": _fingerprint(self.train_data)})
+        self.watcher = Watcher(self.run, self.eval_data, extractor=extractor, compute_metrics=compute_metrics)
         if config.gradient_checkpointing:
             generator.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
@@ -269,8 +268,12 @@ class DriftingTrainer:
         """The evaluation and preview that are due at this step."""
         due = lambda every: every and (self.step % every == 0 or self.step == self.config.max_steps)
         if due(self.config.preview_steps):
-            self._preview()
-        return self._evaluate() if due(self.config.eval_steps) else None
+            self.watcher.preview(lambda labels: self.generate(labels, rng=self._rng(EVAL, 1)), self._model_config.num_classes, self.step)
+        if not due(self.config.eval_steps):
+            return None
+        found = self._evaluate()
+        self.watcher.keep_if_best(self.step, found, self.pipeline())
+        return found
 
     def _log(self, entry: dict[str, float]) -> None:
         entry = {"step": self.step, **entry}
@@ -296,14 +299,22 @@ class DriftingTrainer:
             ) from error
         self.step = newest
         self.run.forget_after(self.step)
+        self.watcher.forget_after(self.step)
         self.log_history = self.run.history()
         self.accelerator.print(f"Resuming from {folder}")
         self._look()  # it may have been killed between the checkpoint and these
 
     # -- drawing
 
-    def pipeline(self, vae: Any = None) -> DriftingPipeline:
-        """The pipeline of the averaged weights; a decoder for latents can be given. It shares its weights with the trainer: copy it before a cast."""
+    def pipeline(self, vae: Any = None, *, best: bool = False) -> DriftingPipeline:
+        """The pipeline of the averaged weights; a decoder for latents can be given. It shares its weights with the trainer: copy it before a cast.
+
+        With `best` it is that of the best evaluation while training, by `config.metric_for_best_model`, read from the folder `best`.
+        """
+        if best:
+            if self.watcher.best() is None:
+                raise FileNotFoundError(f"{self.watcher.best_folder} has no weights yet: set eval_steps and train, or take best=False")
+            return DriftingPipeline.from_pretrained(self.watcher.best_folder, **({"vae": vae} if vae is not None else {}))
         return DriftingPipeline(transformer=cast(DriftingGenerator, self.ema.module), vae=vae, labels=self.labels)
 
     def sample(self, class_labels: Any = None, **kwargs: Any) -> Any:
@@ -329,10 +340,9 @@ class DriftingTrainer:
         return torch.cat(parts)
 
     def evaluate(self) -> dict[str, float]:
-        """Distances of generated samples to held-out images at this step; see `compare`. Always the same noise, so that curves are smooth.
+        """Distances of generated samples to held-out images at this step; see `Watcher`. Always the same noise, so that curves are smooth.
 
-        Half of the held-out images of a class are the reference, the other half the control, and as many are generated as the control has. The
-        result is logged; a second call at the same step returns the logged one.
+        The result is logged; a second call at the same step returns the logged one.
         """
         self._restore()
         return self._evaluate()
@@ -341,27 +351,12 @@ class DriftingTrainer:
         """`evaluate` of the weights at hand, without another look into the folder."""
         done = [entry for entry in self.log_history if entry["step"] == self.step and "energy" in entry]
         if done:
-            return {name: value for name, value in done[-1].items() if name != "step"}
-        images, labels = self.eval_data.per_class(2 * self.config.eval_samples_per_class)
-        reference, control = _halves(labels)
-        wanted = labels[control]
-        generated = self.generate(wanted, rng=self._rng(EVAL, 0))
-        found = compare((generated, wanted), (images[reference], labels[reference]), (images[control], wanted))
-        extra = {name: float(value) for name, value in self.compute_metrics(generated, wanted).items()} if self.compute_metrics else {}
-        clash = extra.keys() & {*found, "step"}
-        if clash:
-            raise ValueError(f"compute_metrics returned {sorted(clash)}, which are the trainer's own names; choose others")
-        self._log(found | extra)
-        return found | extra
-
-    def _preview(self) -> None:
-        """A grid of up to 10 classes, one per column, always from the same noise."""
-        classes = torch.arange(min(self._model_config.num_classes or 1, 10))
-        samples = self.generate(classes.repeat(4), rng=self._rng(EVAL, 1))
-        images = cast(list[Image], VaeImageProcessor().postprocess(samples, output_type="pil"))
-        folder = self.run.path / "previews"
-        folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows=4, cols=len(classes)).save(folder / f"step-{self.step:06d}.png")
+            found = {name: value for name, value in done[-1].items() if name != "step"}
+        else:
+            found = self.watcher.numbers(lambda labels: self.generate(labels, rng=self._rng(EVAL, 0)))
+            self._log(found)
+        self.watcher.curves(self.log_history)
+        return found
 
 
 def _check_generator(generator: DriftingGenerator) -> None:
@@ -385,14 +380,6 @@ def _fingerprint(data: LabelledImages) -> dict[str, Any]:
     return {"images": len(data), "labels": digest(data.labels), "first_and_last": digest(ends.numpy())}
 
 
-def _check_held_out(data: LabelledImages) -> None:
-    """Half of a class is the reference, half the control, and a spread needs two."""
-    labels, counts = np.unique(data.labels, return_counts=True)
-    scarce = labels[counts < 4].tolist()
-    if scarce:
-        raise ValueError(f"classes {scarce} have fewer than 4 images to evaluate with; hold out more of them, or pass another eval_dataset")
-
-
 def _scalars(outcome: dict[str, Any]) -> dict[str, float]:
     """A step's outcome as flat numbers: `strength/pixels/0`, the first temperature's, and so on."""
     found = {name: float(outcome[name]) for name in ("learning_rate", "grad_norm", "loss")}
@@ -401,11 +388,3 @@ def _scalars(outcome: dict[str, Any]) -> dict[str, float]:
         strengths = measured.strength.flatten(1).mean(1) if measured.strength.ndim > 1 else measured.strength
         found |= {f"strength/{name}/{i}": float(value) for i, value in enumerate(strengths)}
     return found
-
-
-def _halves(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each class's samples, the first half and the second: which are the reference and which the control."""
-    sizes = labels.unique_consecutive(return_counts=True)[1]
-    places = torch.cat([torch.arange(n) for n in sizes.tolist()])
-    reference = places < (sizes // 2).repeat_interleave(sizes)
-    return reference, ~reference

@@ -1,21 +1,14 @@
-"""The command `drifting-diffusers`: each verb is a thin shell over the library.
-
-Only argparse is imported until a verb runs, so that `--help` answers at once.
-"""
+"""`drifting-diffusers convert`: the reference release's weights -> a folder that `from_pretrained` loads."""
 
 import argparse
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-
 DTYPES = ("float32", "bfloat16", "float16")
 
-CONVERT = """\
+DESCRIPTION = """\
 Convert weights of the reference release of "Generative Modeling via Drifting" into a folder of diffusers' format.
 
 SOURCE is a name (latent_L_sota, latent_B_sota, pixel_L_sota, pixel_B_sota, ablation, mae_latent_640, mae_latent_256,
@@ -31,52 +24,33 @@ examples:
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 for done, 1 for an error in one line, 2 for a wrong command, 130 for an interruption."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:  # of the Hub too, which are OSErrors
-        if options.traceback:
-            raise
-        print(f"drifting-diffusers: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="drifting-diffusers", description="Drifting Models: one-step generators for diffusers.")
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(required=True, metavar="command")
-    convert = verbs.add_parser(
+def add(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb and its arguments."""
+    parser = verbs.add_parser(
         "convert",
         help="the authors' released weights -> a folder that from_pretrained loads",
-        description=CONVERT,
+        description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SOURCE", help="a released name, a folder or a file")
-    convert.add_argument("target", metavar="TARGET", type=Path, help="the folder to write; it must not exist or be empty")
-    convert.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; the release's are float32 (default)")
-    convert.add_argument(
+    parser.set_defaults(run=run)
+    parser.add_argument("source", metavar="SOURCE", help="a released name, a folder or a file")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="the folder to write; it must not exist or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; the release's are float32 (default)")
+    parser.add_argument(
         "--guidance-scale", type=float, metavar="ALPHA", help="the pipeline's default; that of the best reported FID for a name, else 1"
     )
-    convert.add_argument(
+    parser.add_argument(
         "--vae", metavar="NAME", help="decoder of latents: a folder or a Hub repository (default: stabilityai/sd-vae-ft-mse)"
     )
-    convert.add_argument("--no-vae", action="store_true", help="leave the decoder out; samples stay latents")
-    convert.add_argument("--revision", help="of the release's repository: a branch, tag or commit")
-    convert.add_argument("--push-to-hub", metavar="USER/REPOSITORY", help="upload the folder, with its card, after it is written")
-    convert.add_argument("--private", action="store_true", default=None, help="make that repository private, should it be new")
-    convert.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--no-vae", action="store_true", help="leave the decoder out; samples stay latents")
+    parser.add_argument("--revision", help="of the release's repository: a branch, tag or commit")
+    parser.add_argument("--push-to-hub", metavar="USER/REPOSITORY", help="upload the folder, with its card, after it is written")
+    parser.add_argument("--private", action="store_true", default=None, help="make that repository private, should it be new")
     return parser
 
 
-def _convert(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     target: Path = options.target
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty folder: nothing is overwritten, give another TARGET")
@@ -89,7 +63,7 @@ def _convert(options: argparse.Namespace) -> None:
         folder = Path(part, target.name)
         model.save_pretrained(folder)
         if name is not None:
-            from .releases import release_card
+            from ..releases import release_card
 
             (folder / "README.md").write_text(release_card(name, options.push_to_hub), encoding="utf-8")
         folder.replace(target)  # whole or not at all
@@ -97,7 +71,7 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"{target}: {type(model).__name__}, {weights:,} weights in {options.dtype}, {time.monotonic() - started:.0f} s")
     print(f'load it with {type(model).__name__}.from_pretrained("{target}")')
     if options.push_to_hub:
-        from . import hub
+        from .. import hub
 
         hub.upload(model, target, options.push_to_hub, private=options.private)
         print(f"pushed to {options.push_to_hub}")
@@ -107,11 +81,11 @@ def _load(options: argparse.Namespace) -> tuple[Any, str | None]:
     """The converted model and, if it is one of the release's, its name."""
     import torch
 
-    from .artefacts import find_artefact
-    from .convert import find_source, kind_of
-    from .encoders import MaskedAutoencoder
-    from .pipeline import DriftingPipeline
-    from .releases import RELEASES, VAE
+    from ..artefacts import find_artefact
+    from ..convert import find_source, kind_of
+    from ..encoders import MaskedAutoencoder
+    from ..pipeline import DriftingPipeline
+    from ..releases import RELEASES, VAE
 
     release = RELEASES.get(options.source)
     if release is None and options.revision:

@@ -1,0 +1,38 @@
+"""The command `drifting-diffusers`: each verb is a thin shell over the library, in a module of its own.
+
+Only argparse is imported until a verb runs, so that `--help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import convert, evaluate
+
+VERBS = (convert, evaluate)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 for done, 1 for an error in one line, 2 for a wrong command, 130 for an interruption."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:  # of the Hub too, which are OSErrors
+        if options.traceback:
+            raise
+        print(f"drifting-diffusers: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="drifting-diffusers", description="Drifting Models: one-step generators for diffusers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="command")
+    for verb in VERBS:
+        verb.add(verbs).add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser

@@ -1,0 +1,208 @@
+r"""Samples to be measured, by their index: sample i is the same whatever is drawn beside it, on one device or on eight.
+
+Features are kept in shards while they are made, so an evaluation that was stopped goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .data import LabelledImages
+from .meters import FeatureSet
+from .pipeline import DriftingPipeline
+from .shapes import Float, Int
+
+SHARD = 500  # samples per file: what an interruption may cost
+CONTRACT = "contract.json"
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Labelled images by index."""
+
+    labels: Int[Tensor, " n"] | None
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: Sequence[int]) -> Float[Tensor, "b c h w"]:
+        """Those of these indices, in [-1, 1]."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What they are, as JSON: equal descriptions are equal images."""
+        ...
+
+
+class PipelineSamples:
+    """What a pipeline draws: sample i has class i mod the number of classes and a random generator of its own, seeded by (seed, i).
+
+    Args:
+        pipeline: draws them.
+        num_samples: how many; a multiple of the classes is balanced exactly.
+        seed: of all of them.
+        guidance_scale: the pipeline's own if not given.
+    """
+
+    def __init__(self, pipeline: DriftingPipeline, num_samples: int, *, seed: int = 0, guidance_scale: float | None = None):
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        self.pipeline, self.num_samples, self.seed = pipeline, num_samples, seed
+        self.guidance_scale = float(pipeline.config.guidance_scale if guidance_scale is None else guidance_scale)
+        classes = pipeline.transformer.config.num_classes
+        self.labels = torch.arange(num_samples) % classes if classes else None
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def generator(self, index: int) -> torch.Generator:
+        """Of one sample, on the CPU whatever the pipeline runs on."""
+        state = np.random.SeedSequence((self.seed, index)).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state) >> 1)
+
+    def images(self, indices: Sequence[int]) -> Float[Tensor, "b c h w"]:
+        labels = None if self.labels is None else self.labels[list(indices)]
+        drawn = self.pipeline(
+            labels,
+            guidance_scale=self.guidance_scale,
+            num_images_per_label=1 if labels is not None else len(indices),
+            generator=[self.generator(i) for i in indices],
+            output_type="pt",
+        ).images
+        return 2 * drawn - 1
+
+    def describe(self) -> dict[str, Any]:
+        parts = [self.pipeline.transformer, *([self.pipeline.vae] if self.pipeline.vae is not None else [])]
+        return {
+            "weights": [digest(part) for part in parts],
+            "dtype": str(self.pipeline.transformer.dtype),
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "guidance_scale": self.guidance_scale,
+        }
+
+
+class DatasetSamples:
+    """Images of a dataset, or of a folder that was loaded as one."""
+
+    def __init__(self, data: LabelledImages, *, labelled: bool = True):
+        self.data = data
+        self.labels = torch.as_tensor(np.asarray(data.labels), dtype=torch.long) if labelled else None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def images(self, indices: Sequence[int]) -> Float[Tensor, "b c h w"]:
+        return self.data.gather(list(indices))[0]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "dataset": self.data.dataset._fingerprint,
+            "images": len(self.data),
+            "size": list(self.data.size),
+            "channels": self.data.channels,
+            "resize": "shorter side, Lanczos; centre crop",
+        }
+
+
+def digest(module: nn.Module) -> str:
+    """The weights of a network as 16 digits."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+@torch.no_grad()
+def extract(
+    samples: Samples,
+    extractor: Any,
+    *,
+    judge: nn.Module | None = None,
+    judged_by_extractor: bool = False,
+    folder: str | os.PathLike | None = None,
+    batch_size: int = 100,
+    description: str = "samples",
+    state: PartialState | None = None,
+) -> FeatureSet:
+    """The features of all samples, in the order of their indices.
+
+    Args:
+        samples: by index.
+        extractor: images in [-1, 1] to {"features": [b, d], "logits": [b, k]}; see `extractors`.
+        judge: a classifier of their classes.
+        judged_by_extractor: whether the extractor's own logits are of their classes.
+        folder: where shards are kept and found again; needed for several processes, which share the work through it.
+        batch_size: samples per call.
+        description: what the progress bar says.
+        state: of the processes that share the work.
+
+    Raises:
+        ValueError: if the folder holds shards of something else.
+    """
+    state = state or PartialState()
+    if folder is None and state.num_processes > 1:
+        raise ValueError(f"{state.num_processes} processes share features through files: give a folder that all of them see")
+    firsts = range(0, len(samples), SHARD)
+    contract = {"samples": samples.describe(), "extractor": extractor.describe(), "judge": None if judge is None else digest(judge)}
+    if folder is not None:
+        if state.is_main_process:
+            _claim(Path(folder), contract)
+        state.wait_for_everyone()
+    mine = firsts[state.process_index :: state.num_processes]
+    found: dict[int, dict[str, Tensor]] = {}
+    with tqdm(total=len(mine) * SHARD, desc=description, unit="image", dynamic_ncols=True, disable=not state.is_main_process) as bar:
+        for first in mine:
+            file = None if folder is None else Path(folder, f"{first:08d}.safetensors")
+            if file is None or not file.exists():
+                found[first] = _shard(samples, extractor, judge, range(first, min(first + SHARD, len(samples))), batch_size, bar)
+                if file is not None:
+                    part = file.with_suffix(".partial")
+                    save_file(found[first], part)
+                    part.replace(file)  # whole or not at all
+            else:
+                bar.update(SHARD)
+    state.wait_for_everyone()
+    shards = [found[first] if first in found else load_file(Path(str(folder), f"{first:08d}.safetensors")) for first in firsts]
+    whole = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    judged = whole.get("judged") if judge is not None else whole.get("logits") if judged_by_extractor else None
+    return FeatureSet(whole["features"], samples.labels, whole.get("logits"), judged)
+
+
+def _claim(folder: Path, contract: dict[str, Any]) -> None:
+    """Write down what the shards are of, or refuse those of something else."""
+    contract = json.loads(json.dumps(contract))
+    file = folder / CONTRACT
+    if file.exists():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        if there != contract:
+            differences = {key: (contract[key], there.get(key)) for key in contract if contract[key] != there.get(key)}
+            raise ValueError(f"{folder} holds features of something else, here and there: {differences}; choose another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(contract, indent=2), encoding="utf-8")
+
+
+def _shard(
+    samples: Samples, extractor: Any, judge: nn.Module | None, indices: range, batch_size: int, bar: tqdm
+) -> dict[str, Float[Tensor, "n d"]]:
+    parts: list[dict[str, Tensor]] = []
+    for i in range(0, len(indices), batch_size):
+        batch = indices[i : i + batch_size]
+        images = samples.images(batch)
+        part = dict(extractor(images))
+        if judge is not None:
+            part["judged"] = judge(images.to(next(judge.parameters()).device))
+        parts.append({name: values.float().cpu() for name, values in part.items()})
+        bar.update(len(batch))
+    return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
