@@ -146,6 +146,18 @@ def test_memorisation_by_hand():
     assert found == {"generated_distance": 2.0, "held_out_distance": 2.5, "ratio": 0.8, "share_closer": 0.5}
 
 
+def test_copies_count_where_some_held_out_samples_are_copies_too():
+    line = lambda *places: torch.tensor(places, dtype=torch.float64)[:, None]
+    assert memorisation(line(0, 0, 5, 6), line(0, 10), line(0, 1, 2, 3))["share_closer"] == 0.5 > 0.05  # the nearest 5 % end at 0.15
+    assert memorisation(line(0, 0, 5, 6), line(0, 10), line(0, 0, 2, 3, 4))["share_closer"] == 0.5  # they end at 0
+
+
+def test_of_equally_near_keys_the_first_is_found_in_any_block(monkeypatch):
+    monkeypatch.setattr(neighbours.blocks, "__kwdefaults__", {"rows": 2, "columns": 3})
+    keys = normal(4).repeat(5, 1)
+    assert_close(nearest(keys[:4], keys), (torch.zeros(4, dtype=torch.float64), torch.arange(4)))
+
+
 # -- what is refused
 
 
