@@ -23,7 +23,7 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, input: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k _ _"]:
         (kernel, _), (stride, _), (height, width) = self.kernel_size, self.stride, input.shape[2:]
-        down, right = (max(kernel - stride - (side - 1) % stride, 0) for side in (height, width))
+        down, right = (max(kernel - 1 - (side - 1) % stride, 0) for side in (height, width))
         padding = (right // 2, right - right // 2, down // 2, down - down // 2)
         return super().forward(F.pad(input, padding) if any(padding) else input)
 

@@ -246,7 +246,7 @@ def levels(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         raise ValueError(f"images must be floating-point numbers in [-1, 1], got {images.dtype}; convert bytes by images / 127.5 - 1")
     if not images.isfinite().all():
         raise ValueError("images hold NaN or infinities, which no file can; look at what made them")
-    return ((images.float() * 0.5 + 0.5).clamp(0, 1) * 255).round()
+    return ((images.contiguous().float() * 0.5 + 0.5).clamp(0, 1) * 255).round()  # contiguous: other kernels add in another order
 
 
 def digest(module: nn.Module) -> str:
