@@ -128,9 +128,10 @@ class InceptionExtractor(Extractor):
 class Lite0Extractor(Extractor):
     """EfficientNet-Lite0, for machines without a GPU. Its distance is FD-Lite0, never FID, and no paper reports it; it needs 5,000 images.
 
-    Features are the 112 means of the map in the middle, stage 5 at a stride of 16, of which no image has more than 8 x 8 places at 128 pixels. On
-    CIFAR-10 (2,000 images against 2,000) of all stages that tell classes apart this one's distance reacts most to blur, noise and mixtures,
-    relative to what two sets of real images have between them; the pooled head, which the logits are made of, hardly reacts.
+    Features are the 112 means of the middle map: stage 5, at a stride of 16. Measured on CIFAR-10 at 128 pixels (2,000 images against 2,000 others; each
+    distance relative to that of real images): blur 7.6, noise 37, images averaged in pairs 14. The pooled head, which logits are made of, reacts with
+    1.2, 2.2 and 1.8, pixels with 1.1, 1.3 and 3.1. Nearest neighbours share their class for 52 % (head 62 %, pixels 26 %). One missing class of ten
+    is hardly seen by any of them (1.03 to 1.15): look at figures per class for that.
 
     Args:
         network: with its weights; it is frozen in place.
