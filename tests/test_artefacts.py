@@ -5,6 +5,7 @@ import lzma
 import resource
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import msgpack
@@ -78,6 +79,7 @@ def triple(*parts) -> msgpack.ExtType:
         (triple([2, 2], "float32", b"\0" * 12), r"a/b \[2, 2\] of torch.float32 takes 16 bytes, the file has 12"),
         (triple([-1, -4], "float32", b"\0" * 16), "a/b .*cut off or not what it says"),
         (triple([2**62, 0], "float32", b""), "a/b .*cut off or not what it says"),
+        (triple([0, 2**31 - 1, 2**31 - 1, 2**31 - 1], "float32", b""), "a/b .*cut off or not what it says"),
         (triple([2], "complex64", b"\0" * 16), "a/b has dtype 'complex64'; readable are float64"),
         (triple([2], 3, b"\0" * 16), "a/b has dtype '3'"),
         (triple("float32", b""), r"a/b is no \(shape, dtype, bytes\)"),
@@ -119,6 +121,81 @@ def test_what_is_larger_than_the_model_is_refused(tmp_path, compressed):
         read(tmp_path, most_bytes=5000)
     with pytest.raises(ValueError, match="far more than the 10 arrays"):
         read(write_artefact(tmp_path / "many", {str(i): torch.zeros(1) for i in range(300)}), most_tensors=10)
+
+
+def test_only_arrays_of_sizes_that_are_expected_are_read_beyond_a_megabyte(tmp_path):
+    """A file that declares no more than its model has may still be none of its tensors; a small mistake is kept, to be named later."""
+    write_artefact(tmp_path, {"a": torch.zeros(600, 600), "b": torch.zeros(7)})
+    assert read(tmp_path, most_bytes=10**8, sizes={360_000}).keys() == {"a", "b"}
+    with pytest.raises(ValueError, match=r"an array \[600, 600\], and model_config asks for none of 360000 numbers"):
+        read(tmp_path, most_bytes=10**8, sizes={7, 400_000})
+    with pytest.raises(
+        ValueError, match=r"1440\d\d\d exceeds max_ext_len\(\d+\): it declares more than anything that its model_config asks for"
+    ):
+        read(tmp_path, most_bytes=10**8, sizes={7})
+
+
+def test_keys_are_counted_before_the_map_is_done_with_its_parent(tmp_path):
+    """Thousands of maps of ten thousand numbers, in a file of a few kB: the first one is one too many."""
+    inner = {f"{i:04}": 1 for i in range(10_000)}
+    packed_maps = msgpack.packb(inner)
+    with (write_metadata(tmp_path) / "ema_params.msgpack").open("wb") as file:
+        file.write(b"\x82" + msgpack.packb("first") + packed_maps + msgpack.packb("second") + b"\xc1")  # the second would be another error
+    with pytest.raises(ValueError, match="far more than the 700 arrays"):
+        read(tmp_path, most_tensors=700)
+
+
+def test_compressed_files_end_where_they_end(tmp_path):
+    """Also where what is read ends with a block of the reader's: 2^20 bytes are asked for at a time."""
+    of_length = lambda n: msgpack.packb(tree_of({"a": packed(torch.zeros(n, dtype=torch.uint8), "uint8")}))
+    raw = of_length(2**21 - len(of_length(2**20)))
+    assert len(raw) == 2**20
+    file = write_metadata(tmp_path) / "ema_params.msgpack.xz"
+    data = lzma.compress(raw)
+    for cut in (1, 8, 30):
+        file.write_bytes(data[:-cut])
+        with pytest.raises(ValueError, match="cut off or no msgpack"):
+            read(tmp_path, most_bytes=10**8)
+    file.write_bytes(data + b"garbage!")
+    with pytest.raises(ValueError, match="cut off or no msgpack"):
+        read(tmp_path, most_bytes=10**8)
+    whole = [data, data + b"\0" * 4, lzma.compress(raw[:1000]) + b"\0" * 8 + lzma.compress(raw[1000:])]  # padded; in two streams
+    for content in whole:
+        file.write_bytes(content)
+        assert "a" in read(tmp_path, most_bytes=10**8)
+
+
+def test_a_dictionary_beyond_all_memory_is_refused(tmp_path):
+    data = bytearray(lzma.compress(msgpack.packb(tree_of(some()))))
+    data[12:24] = _block_header(2**29)
+    (write_metadata(tmp_path) / "ema_params.msgpack.xz").write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"cut off or no msgpack .*Memory usage limit"):
+        read(tmp_path)
+
+
+def _block_header(dictionary: int) -> bytes:
+    """Of an .xz: length, flags, filter LZMA2 with this dictionary, padding, checksum."""
+    bits = next(b for b in range(41) if (2 | (b & 1)) << (b // 2 + 11) == dictionary)
+    header = bytes([2, 0, 0x21, 1, bits, 0, 0, 0])
+    return header + zlib.crc32(header).to_bytes(4, "little")
+
+
+def test_values_that_a_type_cannot_hold_are_refused(tmp_path):
+    write_artefact(tmp_path, {"a/b": torch.tensor([1e6])})
+    with pytest.raises(ValueError, match="a/b holds values too large for float16: take bfloat16"):
+        read(tmp_path, dtype=torch.float16)
+    assert read(tmp_path, dtype=torch.bfloat16)["a/b"].isfinite()
+    write_artefact(tmp_path, {"a/b": packed(torch.tensor([1e300], dtype=torch.float64), "float64")})
+    with pytest.raises(ValueError, match="a/b holds values too large for float32: take float64"):
+        read(tmp_path, dtype=torch.float32)
+
+
+def test_names_in_errors_have_no_control_characters(tmp_path):
+    assert read(write_artefact(tmp_path, {"\x1b[2Jevil\n": torch.zeros(1)})).keys() == {r"\x1b[2Jevil\n"}
+    with pytest.raises(ValueError, match=r"\\x1b\[2Jevil is no array but 7"):
+        read(write_artefact(tmp_path, {"\x1b[2Jevil": 7}))
+    with pytest.raises(ValueError, match=r"^x{200}\.\.\. is no array"):
+        read(write_artefact(tmp_path, {"x" * 900: 7}))
 
 
 def test_trailing_bytes_and_repeated_keys_are_refused(tmp_path):

@@ -1,17 +1,19 @@
 """From the release's artefacts to our models: every tensor finds its place, and what does not fit is refused by name."""
 
 import json
+import resource
 
 import pytest
 import torch
-from release_files import GENERATOR, to_release, write_artefact
+from release_files import GENERATOR, packed, to_release, write_artefact, write_metadata
 from torch.testing import assert_close
 
 from drifting_diffusers import DriftingPipeline
 from drifting_diffusers.artefacts import find_artefact, read_tensors
+from drifting_diffusers.encoders import MaskedAutoencoder
 from drifting_diffusers.generator import DriftingGenerator
 from drifting_diffusers.labels import imagenet_labels
-from drifting_diffusers.layouts import generator_config, generator_layout, rename
+from drifting_diffusers.layouts import AUTOENCODER_CONFIG, SIZES, generator_config, generator_layout, rename
 
 RELEASED = ["release_like", "plain", "pixel_like", "qknorm_layernorm", "bf16", "small_scale_rms", "small_scale_ln"]
 
@@ -76,8 +78,61 @@ def test_weights_are_cast_on_request(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
 def test_a_dtype_that_is_none_for_weights_is_refused(tmp_path, dtype, as_users_see_it):
-    with pytest.raises(TypeError, match=r"dtype must be torch.float32, .*got"):
-        DriftingGenerator.from_release(write_artefact(tmp_path, {}), dtype=dtype)
+    for source in (write_artefact(tmp_path, {}), "latent_L_sota"):  # a name before anything is looked for
+        with pytest.raises(TypeError, match=r"dtype must be torch.float32, .*got"):
+            DriftingGenerator.from_release(source, dtype=dtype)
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path):
+    tensors = to_release(random_generator())
+    path = "RMSNorm_0/weight"
+    folder = write_artefact(tmp_path, tensors | {path: torch.full_like(tensors[path], 1e6)})
+    with pytest.raises(ValueError, match=f"{path} holds values too large for float16: take bfloat16"):
+        DriftingGenerator.from_release(folder, dtype=torch.float16)
+    assert DriftingGenerator.from_release(folder, dtype=torch.bfloat16).guidance_norm.weight.isfinite().all()
+
+
+def test_a_file_of_several_types_becomes_a_network_of_one(tmp_path):
+    model = random_generator()
+    tensors = to_release(model)
+    mixed = {path: packed(t.double(), "float64") if i % 2 else t for i, (path, t) in enumerate(tensors.items())}
+    back = DriftingGenerator.from_release(write_artefact(tmp_path / "mixed", mixed))
+    assert {p.dtype for p in back.parameters()} == {torch.float32}
+    for name, tensor in model.state_dict().items():
+        assert_close(back.state_dict()[name], tensor, rtol=0, atol=0)
+    alike = {path: packed(t.half(), "float16") for path, t in tensors.items()}
+    assert DriftingGenerator.from_release(write_artefact(tmp_path / "alike", alike)).dtype == torch.float16
+    huge = packed(torch.full((6,), 1e300, dtype=torch.float64), "float64")
+    with pytest.raises(ValueError, match="RMSNorm_0/weight holds values too large for float32: take float64"):
+        DriftingGenerator.from_release(write_artefact(tmp_path / "huge", tensors | {"RMSNorm_0/weight": huge}))
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    with pytest.raises(ValueError, match=r"revision 'v1' is of the release's repository, .* is a folder or file: leave it out"):
+        DriftingGenerator.from_release(write_artefact(tmp_path, {}), revision="v1")
+
+
+def test_of_many_mistakes_the_first_are_named(tmp_path):
+    config = GENERATOR | {"noise_coords": 1000}
+    with pytest.raises(ValueError, match=r"and 1014 more$") as error:
+        DriftingGenerator.from_release(write_artefact(tmp_path, {"\x1b[2J": torch.zeros(1)}, model_config=config))
+    assert len(str(error.value)) < 3000
+    tensors = to_release(random_generator())
+    with pytest.raises(ValueError, match=r"model_config: \\x1b\[2Jevil \[1\] has no place$"):
+        DriftingGenerator.from_release(write_artefact(tmp_path, tensors | {"\x1b[2Jevil": torch.zeros(1)}))
+
+
+def test_a_small_file_for_a_huge_network_takes_little_memory(tmp_path):
+    """However large: arrays that it has no place for end the reading, and what no released network comes near is not built."""
+    large = GENERATOR | {"hidden_size": 4096, "depth": 2}
+    with pytest.raises(ValueError, match=r"an array \[1500, 1500\], and model_config asks for none of 2250000 numbers"):
+        DriftingGenerator.from_release(write_artefact(tmp_path, {"a": torch.zeros(1500, 1500)}, model_config=large))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"makes 103,\d{3},\d{3},\d{3} weights, more than the 4,000,000,000 that are read"):
+        DriftingGenerator.from_release(
+            write_metadata(tmp_path, model_config=GENERATOR | {"hidden_size": 2**16, "num_heads": 1, "depth": 3})
+        )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
 def test_missing_extra_and_misshapen_tensors_are_all_named(tmp_path):
@@ -121,6 +176,9 @@ def test_what_is_no_generator_is_refused(tmp_path):
         DriftingGenerator.from_release(write_artefact(tmp_path, {}, kind="mae"))
     with pytest.raises(ValueError, match=r'holds a "head", only "gen" and "mae"'):
         DriftingGenerator.from_release(write_artefact(tmp_path, {}, kind="head"))
+    for kind in (["gen"], {"gen": 1}, 7, None):
+        with pytest.raises(ValueError, match=r'artefact holds a .*only "gen" and "mae"'):
+            DriftingGenerator.from_release(write_artefact(tmp_path, {}, kind=kind))
     with pytest.raises(ValueError, match=r'mae_latent_640 holds a "mae", not a "gen"; those are latent_L_sota, .*ablation'):
         DriftingGenerator.from_release("mae_latent_640")
     with pytest.raises(FileNotFoundError, match=r"latent_l_sota is neither a released artefact \(latent_L_sota, .*\) nor a folder"):
@@ -150,6 +208,45 @@ def test_a_model_config_that_is_none_is_refused_before_a_network_is_built(tmp_pa
     config = {key: value for key, value in GENERATOR.items() if key != "depth"}
     with pytest.raises(ValueError, match=r"missing \['depth'\], unknown \[\]"):
         DriftingGenerator.from_release(write_artefact(tmp_path, {}, model_config=config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": [100000, 1, 1, 1]}, "layers of the model_config must be 4 integers from 1 to 200"),
+        ({"layers": [1, 1, 1, 1.0]}, "layers of the model_config must be 4 integers"),
+        ({"layers": [1, 1, 1, True]}, "layers of the model_config must be 4 integers"),
+        ({"layers": [1, 1, 1]}, "layers of the model_config must be 4 integers"),
+        ({"layers": "1111"}, "layers of the model_config must be 4 integers"),
+        ({"base_channels": 32 * 10**15}, "base_channels of the model_config must be an integer from 1 to 16384"),
+        ({"base_channels": 32.0}, "base_channels of the model_config must be an integer"),
+        ({"base_channels": 48}, "base_channels must be a multiple of 32"),
+        ({"base_channels": 2**14}, "weights, more than the 4,000,000,000 that are read"),
+        ({"num_classes": 10**18}, "num_classes of the model_config must be an integer"),
+        ({"num_classes": None}, "num_classes of the model_config must be an integer"),
+        ({"input_patch_size": 10**12}, "input_patch_size of the model_config must be an integer"),
+        ({"patch_size": 0}, "patch_size of the model_config must be an integer"),
+        ({"use_bf16": "bogus"}, "use_bf16 of the model_config must be true or false, got 'bogus'"),
+        ({"dropout_prob": "x"}, "dropout_prob of the model_config must be a number from 0 to 1"),
+    ],
+    ids=str,
+)
+def test_a_model_config_that_is_no_encoders_is_refused_too(tmp_path, changes, message):
+    config = {"base_channels": 32, "patch_size": 2, "dropout_prob": 0.0, "layers": [1, 1, 1, 1], "in_channels": 4, "use_bf16": False,
+              "input_patch_size": 1}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        MaskedAutoencoder.from_release(write_artefact(tmp_path, {}, kind="mae", model_config=config | changes))
+
+
+def test_no_size_in_its_range_is_too_large_to_be_counted(tmp_path):
+    """Every argument at its most at once: a network of shapes that is weighed, and refused."""
+    most = {key: True if kind is bool else most for key, (kind, _, most) in SIZES.items()} | {"depth": 1}
+    config = {key: most[key] for key in GENERATOR}
+    with pytest.raises(ValueError, match="weights, more than"):
+        DriftingGenerator.from_release(write_artefact(tmp_path, {}, model_config=config))
+    config = {key: most[key] for key in AUTOENCODER_CONFIG} | {"layers": [1, 1, 1, 1]}
+    with pytest.raises(ValueError, match="weights, more than"):
+        MaskedAutoencoder.from_release(write_artefact(tmp_path, {}, kind="mae", model_config=config))
 
 
 # -- the pipeline

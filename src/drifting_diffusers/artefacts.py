@@ -4,14 +4,15 @@ An artefact is `metadata.json` beside `ema_params.msgpack`, or beside that file 
 leaves are extension type 1: the packed triple (shape, dtype, little-endian bytes in C order).
 
 Leaves become tensors while the file is read, so memory holds every tensor once, and one leaf more. Sizes that a file declares are allocated only as
-far as its bytes are there, and it may not hold more of them than its reader expects.
+far as its bytes are there. It may not hold more of them than its reader expects, no array larger than the largest that is expected, and no large one
+of a size that is not.
 """
 
 import json
 import lzma
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ MOST_METADATA = 1_000_000  # bytes; the release's have less than a thousandth of
 MOST_DEPTH = 32  # of maps within maps; the release has 6
 MOST_KEYS = 10_000  # per map
 MOST_LEAF = 2**31 - 1  # bytes; the release's writer splits arrays of more than 2^30
+MODEST = 2**20  # bytes; smaller arrays that have no place are read all the same, so that they can be named
+MOST_DICTIONARY = 2**28  # bytes that unpacking may take beside what it unpacks; xz -9 needs a quarter of it
+READ = 2**20  # bytes at a time
+WIDER = {torch.float16: "bfloat16", torch.bfloat16: "float32", torch.float32: "float64"}  # where what is too large for a type fits
 
 
 def find_artefact(source: str | os.PathLike) -> tuple[dict[str, Any], Path]:
@@ -70,7 +75,12 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(
-    file: str | os.PathLike, *, most_bytes: int, most_tensors: int = 10_000, dtype: torch.dtype | None = None
+    file: str | os.PathLike,
+    *,
+    most_bytes: int,
+    most_tensors: int = 10_000,
+    sizes: Collection[int] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of an artefact, by their paths with slashes.
 
@@ -78,20 +88,25 @@ def read_tensors(
         file: `.msgpack` or `.msgpack.xz`.
         most_bytes: how much the file may hold, unpacked; more is refused before it is read.
         most_tensors: how many.
+        sizes: how many numbers the expected tensors have. A large array of another size ends the reading, one larger than all of them before it
+            is read. Without it all sizes are read.
         dtype: what floating point numbers are cast to, each tensor as soon as it is read; none leaves them.
 
     Raises:
-        ValueError: for what is broken, cut off, larger than allowed or no such file.
+        ValueError: for what is broken, cut off, larger than allowed or no such file; for values that `dtype` cannot hold.
     """
     file = Path(file)
     if file.suffix != ".xz" and file.stat().st_size > most_bytes:
         raise _too_large(file.stat().st_size, most_bytes)
-    with lzma.open(file) if file.suffix == ".xz" else file.open("rb") as raw:
-        stream, tree = _Stream(raw, most_bytes), _Tree(most_tensors, dtype)
+    most_leaf = MOST_LEAF if sizes is None else min(MOST_LEAF, 8 * max(sizes, default=0) + MODEST)  # at widest float64, and its shape
+    with file.open("rb") as raw:
+        stream = _Stream(_Unpacked(raw) if file.suffix == ".xz" else raw, most_bytes)
+        tree = _Tree(most_tensors, sizes, dtype)
         unpacker = msgpack.Unpacker(
             stream,
-            read_size=2**20,
-            max_buffer_size=MOST_LEAF,
+            read_size=READ,
+            max_buffer_size=min(MOST_LEAF, most_leaf + 2 * READ),
+            max_ext_len=most_leaf,
             max_map_len=MOST_KEYS,
             max_array_len=0,
             max_bin_len=0,
@@ -101,31 +116,81 @@ def read_tensors(
         )
         try:
             root = unpacker.unpack()
+            left = stream.count - unpacker.tell() + len(stream.read(1))
         except (msgpack.UnpackException, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is cut off or no msgpack ({type(error).__name__} {error}): fetch it again") from error
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-        left = stream.count - unpacker.tell() + len(stream.read(1))
+            hint = ": it declares more than anything that its model_config asks for" if "exceeds max_" in str(error) else ""
+            raise ValueError(f"{file}: {error}{hint}") from error
     if left:
         raise ValueError(f"{file} goes on after its end, by {left} bytes or more: it is no artefact of the release")
     return _flat(root)
 
 
+def shown(path: str) -> str:
+    """A path from a file as an error may print it: on one line, without control characters, of bounded length."""
+    path = path if path.isprintable() else repr(path)[1:-1]
+    return path if len(path) <= 200 else f"{path[:200]}..."
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another type.
+
+    Raises:
+        ValueError: if the type cannot hold its values.
+    """
+    found = tensor.to(dtype)
+    if not found.isfinite().all():
+        raise ValueError(too_large_for(dtype))
+    return found
+
+
+def too_large_for(dtype: torch.dtype) -> str:
+    return f"holds values too large for {str(dtype).removeprefix('torch.')}: take {WIDER[dtype]}"
+
+
 def _flat(root: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for path, leaf in _walk(root):
+    for raw, leaf in _walk(root):
+        path = shown(raw)  # a path that this changes is none of the release's; it only waits to be named
         if isinstance(leaf, _Broken):
             raise ValueError(f"{path} {leaf}")
         if not isinstance(leaf, Tensor):
-            raise ValueError(f"{path or 'the root'} is no array but {str(leaf)[:80]}: only arrays (extension type 1) can be read")
+            raise ValueError(f"{path or 'the root'} is no array but {shown(str(leaf))[:80]}: only arrays (extension type 1) can be read")
         if path in found:
             raise ValueError(f"{path} stands twice: it is no artefact of the release")
         found[path] = leaf
     return found
 
 
+class _Unpacked:
+    """The content of an .xz file. Unlike `lzma.open` it refuses what stands behind its end, and a dictionary that takes all memory."""
+
+    def __init__(self, raw: Any):
+        self.raw, self.part = raw, self._decompressor()
+
+    def _decompressor(self) -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_DICTIONARY)
+
+    def read(self, n: int) -> bytes:
+        data = b""
+        while not data:
+            given = b""
+            if self.part.eof:  # another stream may follow, after padding with zeros
+                given = self.part.unused_data.lstrip(b"\0")
+                while not given:
+                    if not (more := self.raw.read(READ)):
+                        return b""
+                    given = more.lstrip(b"\0")
+                self.part = self._decompressor()
+            elif self.part.needs_input and not (given := self.raw.read(READ)):
+                raise EOFError("the compressed data end too early")
+            data = self.part.decompress(given, n)
+        return data
+
+
 class _Stream:
-    """A file, unpacked while it is read, that ends with an error after `most` bytes."""
+    """A file that ends with an error after `most` bytes."""
 
     def __init__(self, raw: Any, most: int):
         self.raw, self.most, self.count = raw, most, 0
@@ -147,23 +212,25 @@ class _Broken(str):
 
 
 class _Tree:
-    """What the parser calls back: arrays become tensors at once, maps are counted and may not repeat a key."""
+    """What the parser calls back: arrays become tensors at once, entries are counted, and no map may repeat a key."""
 
-    def __init__(self, most: int, dtype: torch.dtype | None):
+    def __init__(self, most: int, sizes: Collection[int] | None, dtype: torch.dtype | None):
         self.unpack = partial(msgpack.unpackb, max_array_len=MOST_DEPTH, max_map_len=0, max_ext_len=0)
         self.errors = (TypeError, ValueError, msgpack.UnpackException)
         self.most, self.dtype, self.count = most, dtype, 0
+        self.sizes = None if sizes is None else frozenset(sizes)
 
     def branch(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        self._count()
+        self._count(1 + len(pairs))
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise ValueError(f"a key stands twice among {sorted(found)[:5]}: it is no artefact of the release")
+            names = ", ".join(shown(str(key)) for key in list(found)[:5])
+            raise ValueError(f"a key stands twice among {names}: it is no artefact of the release")
         return found
 
     def leaf(self, code: int, packed: bytes) -> "Tensor | _Broken":
         """The tensor, or why there is none: which path it has is known only when its map is whole."""
-        self._count()
+        self._count(1)
         if code != 1:
             return _Broken(f"is no array but extension type {code}: only arrays (extension type 1) can be read")
         try:
@@ -171,23 +238,30 @@ class _Tree:
         except self.errors as error:
             return _Broken(f"is no (shape, dtype, bytes): {error}")
         if not (isinstance(shape, list) and all(type(n) is int for n in shape) and isinstance(data, bytes)):
-            return _Broken(f"is no (shape, dtype, bytes) but {str(shape)[:80]}, {str(dtype)[:40]}, {type(data).__name__}")
+            return _Broken(f"is no (shape, dtype, bytes) but {shown(str(shape)[:80])}, {shown(str(dtype)[:40])}, {type(data).__name__}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             return _Broken(f"has dtype {str(dtype)[:40]!r}; readable are {', '.join(DTYPES)}")
         return self._tensor(shape, DTYPES[dtype], data)
 
     def _tensor(self, shape: list[int], dtype: torch.dtype, data: bytes) -> "Tensor | _Broken":
-        size = math.prod(shape) * dtype.itemsize
-        if min(shape, default=1) < 0 or max(shape, default=1) >= 2**31 or len(data) != size:
+        count = math.prod(shape)
+        size = count * dtype.itemsize
+        huge = math.prod(max(n, 1) for n in shape) >= 2**62  # of which the rest is no tensor even where one side is 0
+        if min(shape, default=1) < 0 or huge or len(data) != size:
             return _Broken(f"{shape} of {dtype} takes {size} bytes, the file has {len(data)}: it is cut off or not what it says")
+        if self.sizes is not None and size > MODEST and count not in self.sizes:
+            raise ValueError(f"there is an array {shape}, and model_config asks for none of {count} numbers: they do not belong together")
         tensor = torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
         if not tensor.isfinite().all():
             return _Broken("holds values that are not finite")
-        return tensor.to(self.dtype) if self.dtype is not None and dtype.is_floating_point else tensor
+        try:
+            return cast(tensor, self.dtype) if self.dtype is not None and dtype.is_floating_point else tensor
+        except ValueError as error:
+            return _Broken(error)
 
-    def _count(self) -> None:
+    def _count(self, entries: int) -> None:
         """Enough for a map around every map of every array, and for a few arrays too many that can then be named."""
-        self.count += 1
+        self.count += entries
         if self.count > 10 * self.most + 100:
             raise ValueError(f"there are far more than the {self.most} arrays that its model_config asks for: they do not belong together")
 
@@ -197,6 +271,6 @@ def _walk(tree: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]
         yield path, tree
         return
     if depth > MOST_DEPTH:
-        raise ValueError(f"{path[:80]} ... lies deeper than {MOST_DEPTH} maps: it is no artefact of the release")
+        raise ValueError(f"{shown(path[:80])} ... lies deeper than {MOST_DEPTH} maps: it is no artefact of the release")
     for key, branch in tree.items():
         yield from _walk(branch, f"{path}/{key}" if path else str(key), depth + 1)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_NAMED = 20  # mistakes in one error
+
 # The release's constructor arguments. Those without a name of ours say how it computes, not what: they leave no trace in the weights.
 CONFIG = {
     "cond_dim": "condition_dim",
@@ -37,35 +39,68 @@ Row = tuple[tuple[str, ...], tuple[str, ...]]
 """Our names and the release's paths: the tensors of the paths, joined along the first axis, are our tensors, joined along the first axis."""
 
 
+# What an argument may be: its type, the least and the most; the release's are far inside. They keep every tensor countable, so that a network of
+# shapes alone can be built and weighed before a file is opened.
+SIZES: dict[str, tuple[type, int, int]] = {
+    "cond_dim": (int, 1, 2**16),
+    "num_classes": (int, 0, 2**20),
+    "noise_classes": (int, 0, 2**12),
+    "noise_coords": (int, 0, 2**12),
+    "input_size": (int, 1, 2**14),
+    "in_channels": (int, 1, 2**12),
+    "out_channels": (int, 1, 2**12),
+    "n_cls_tokens": (int, 0, 2**12),
+    "patch_size": (int, 1, 2**10),
+    "hidden_size": (int, 1, 2**16),
+    "depth": (int, 0, 1000),
+    "num_heads": (int, 1, 2**10),
+    "mlp_ratio": (float, 0, 2**10),
+    "base_channels": (int, 1, 2**14),
+    "layers": (list, 1, 200),
+    "input_patch_size": (int, 1, 2**10),
+    "dropout_prob": (float, 0, 1),
+    **dict.fromkeys(("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "use_bf16", "attn_fp32", "use_remat"), (bool, 0, 1)),
+}
+MOST_WEIGHTS = 4_000_000_000  # of a network; the release's largest encoder has 2.7e9
+
+
 def check_sizes(release: Mapping[str, Any]) -> None:
     """Refuse a model_config that no network of its kind has, before one is built: a file from elsewhere may ask for a million layers."""
+    allowed = {bool: "true or false", int: "an integer", float: "a number", list: "4 integers"}
     for name, value in release.items():
-        flag, ratio = name.startswith("use_") or name == "attn_fp32", name in ("mlp_ratio", "dropout_prob")
-        kinds = (bool,) if flag else (int, float) if ratio else (list,) if name == "layers" else (int,)
-        most = 1000 if name in ("depth", "layers") else 2**20
-        numbers = value if isinstance(value, list) else [value]
-        sound = (
-            isinstance(value, kinds) and (flag or all(type(n) in (int, float) and 0 <= n <= most for n in numbers)) and len(numbers) <= 8
-        )
-        if not sound or (name in ("num_heads", "hidden_size", "patch_size") and not value):
-            allowed = (
-                "true or false"
-                if flag
-                else f"{'a number' if ratio else 'up to 8 integers' if kinds == (list,) else 'an integer'} from 0 to {most}"
+        kind, least, most = SIZES[name]
+        if not _fits(value, kind, least, most):
+            limits = "" if kind is bool else f" from {least} to {most}"
+            raise ValueError(
+                f"{name} of the model_config must be {allowed[kind]}{limits}, got {str(value)[:80]!r}: the metadata is no release's"
             )
-            raise ValueError(f"{name} of the model_config must be {allowed}, got {str(value)[:80]}: the metadata is no release's")
+
+
+def _fits(value: Any, kind: type, least: int, most: int) -> bool:
+    if kind is list:
+        return isinstance(value, list) and len(value) == 4 and all(_fits(n, int, least, most) for n in value)
+    return type(value) in ((int, float) if kind is float else (kind,)) and least <= value <= most
+
+
+def check_weights(count: int) -> None:
+    """Refuse a network that no machine of a reader has to hold: what a file may unpack to grows with it."""
+    if count > MOST_WEIGHTS:
+        raise ValueError(
+            f"the model_config makes {count:,} weights, more than the {MOST_WEIGHTS:,} that are read (the release's largest network has "
+            "2.7 billion): the metadata is no release's"
+        )
 
 
 def generator_config(release: Mapping[str, Any]) -> dict[str, Any]:
     """Our constructor arguments from the release's.
 
     Raises:
-        ValueError: for arguments that are missing or unknown.
+        ValueError: for arguments that are missing, unknown or of no network.
     """
     missing = sorted({theirs for theirs, ours in CONFIG.items() if ours} - release.keys())
     unknown = sorted(release.keys() - CONFIG.keys())
     if missing or unknown:
-        raise ValueError(f"model_config does not fit this converter: missing {missing}, unknown {unknown}")
+        raise ValueError(f"model_config does not fit this converter: missing {missing}, unknown {str(unknown)[:1000]}")
     check_sizes(release)
     if release["hidden_size"] % release["num_heads"]:
         raise ValueError(f"num_heads of the model_config must divide hidden_size, got {release['num_heads']} for {release['hidden_size']}")
@@ -100,6 +135,13 @@ def generator_layout(config: Any) -> list[Row]:
     return [*rows, *_token_norm("norm_out", f"{final}/RMSNorm_0", config)]
 
 
+def part_shape(row: Row, ours: Mapping[str, Tensor]) -> list[int]:
+    """The shape that each of the release's tensors of a row has here: a row is split evenly on either side."""
+    names, parts = row
+    first, *rest = ours[names[0]].shape
+    return [len(names) * first // len(parts), *rest]
+
+
 def rename(rows: Iterable[Row], tensors: dict[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict from the release's tensors, which are taken out of `tensors`: memory holds them once.
 
@@ -109,7 +151,7 @@ def rename(rows: Iterable[Row], tensors: dict[str, Tensor], ours: Mapping[str, T
         ours: a state dict of the shapes to be filled.
 
     Raises:
-        ValueError: naming the tensors that are missing, left over or of another shape.
+        ValueError: naming the tensors that are missing, left over or of another shape, the first `MOST_NAMED` of them.
     """
     rows = list(rows)
     paths = {path for _, parts in rows for path in parts}
@@ -118,8 +160,7 @@ def rename(rows: Iterable[Row], tensors: dict[str, Tensor], ours: Mapping[str, T
     wrong += [f"{path} is {tensor.dtype}, no floating point" for path, tensor in tensors.items() if not tensor.is_floating_point()]
     state: dict[str, Tensor] = {}
     for names, parts in rows:
-        first, *rest = ours[names[0]].shape
-        shape = [len(names) * first // len(parts), *rest]  # of one part: every row is split evenly on either side
+        shape = part_shape((names, parts), ours)
         found = {path: _turned(path, tensors.pop(path)) for path in parts if path in tensors}
         mismatched = {path: part.shape for path, part in found.items() if list(part.shape) != shape} if len(found) == len(parts) else {}
         wrong += [f"{path} is {_turned_back(path, is_)}, not {_turned_back(path, shape)}" for path, is_ in mismatched.items()]
@@ -129,7 +170,8 @@ def rename(rows: Iterable[Row], tensors: dict[str, Tensor], ours: Mapping[str, T
                 name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(names, whole.chunk(len(names)), strict=True)
             }
     if wrong:
-        raise ValueError("the artefact does not fit its model_config: " + "; ".join(wrong))
+        more = [f"and {len(wrong) - MOST_NAMED} more"] if len(wrong) > MOST_NAMED else []
+        raise ValueError("the artefact does not fit its model_config: " + "; ".join(wrong[:MOST_NAMED] + more))
     return state
 
 
@@ -191,13 +233,14 @@ def autoencoder_config(release: Mapping[str, Any]) -> dict[str, Any]:
     """Our constructor arguments from the release's, which leaves the number of classes out where it is 1000.
 
     Raises:
-        ValueError: for arguments that are missing or unknown.
+        ValueError: for arguments that are missing, unknown or of no network.
     """
     release = {"num_classes": 1000} | dict(release)
     missing = sorted({theirs for theirs, ours in AUTOENCODER_CONFIG.items() if ours} - release.keys())
     unknown = sorted(release.keys() - AUTOENCODER_CONFIG.keys())
     if missing or unknown:
-        raise ValueError(f"model_config does not fit this converter: missing {missing}, unknown {unknown}")
+        raise ValueError(f"model_config does not fit this converter: missing {missing}, unknown {str(unknown)[:1000]}")
+    check_sizes(release)
     return {ours: release[theirs] for theirs, ours in AUTOENCODER_CONFIG.items() if ours}
 
 
