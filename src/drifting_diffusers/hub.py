@@ -95,9 +95,14 @@ def download_components(
 
 
 class PushWithCard:
-    """`push_to_hub` with our card in place of diffusers' empty one, for pipelines and single networks."""
+    """Pushing with our card in place of diffusers' empty one, for pipelines and single networks."""
 
-    save_pretrained: Any
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in diffusers. With `push_to_hub` the repository `repo_id` (by default the folder's name) gets our card unless it has its own README."""
+        pushing = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "token", "create_pr") if key in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if push_to_hub and kwargs.get("is_main_process", True):
+            upload(self, save_directory, pushing.pop("repo_id", Path(save_directory).name), **pushing)
 
     def push_to_hub(
         self, repo_id: str, *, safe_serialization: bool = True, variant: str | None = None, max_shard_size: Any = None, **kwargs: Any
@@ -135,14 +140,21 @@ def upload(
 
 
 def write_card(model: Any, folder: str | os.PathLike, repo_id: str, *, token: str | None = None) -> None:
-    """Put a README.md in `folder`: the one already there, else the repository's if somebody wrote it, else ours with the numbers of results.json."""
+    """Put a README.md in `folder`.
+
+    The first of these: what somebody wrote there; what somebody wrote in the repository; what we rendered there; a card of ours with the numbers of
+    results.json. What we rendered carries `CARD_MARK`.
+    """
     readme, results = Path(folder, "README.md"), Path(folder, "results.json")
-    if readme.exists():
+    rendered = readme.read_text(encoding="utf-8") if readme.exists() else None
+    if rendered is not None and CARD_MARK not in rendered:
         return
     try:
         text = Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
     except EntryNotFoundError:
         text = CARD_MARK
+    if CARD_MARK in text and rendered is not None:
+        return
     if CARD_MARK in text:
         measured = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
         text = (
@@ -181,8 +193,7 @@ def model_card(pipeline: DiffusionPipeline, results: Mapping[str, Any] | None = 
         f'`DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)` loads the same pipeline, with the package installed.',
     ]
     if metrics:
-        rows = [f"| {name} | {value} |" for name, value in metrics.items()]
-        parts.append("\n".join(["## Results", "", "| metric | value |", "|---|---|", *rows, "", *_how(results)]))
+        parts.append("\n".join(["## Results", "", *_rows(metrics, results), "", *_how(results)]))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -201,8 +212,25 @@ def network_card(model: Any, *, repo_id: str = "user/repository") -> str:
     ])  # fmt: skip
 
 
+def _rows(metrics: Mapping[str, float], results: Mapping[str, Any]) -> list[str]:
+    """The table of numbers, with their deviation over seeds and the number of real images where there are any."""
+    deviations, real, better = (results.get(key) or {} for key in ("sd", "real", "better"))
+    spread = lambda name: f" ± {deviations[name]:.4g}" if deviations.get(name) is not None else ""
+    lines = [
+        f"| {name} | {value:.4g}{spread(name)} | {format(real[name], '.4g') if name in real else '-'} | {better.get(name, '-')} |"
+        for name, value in metrics.items()
+    ]
+    return ["| metric | value | real images | better |", "|---|---|---|---|", *lines]
+
+
 def _how(results: Mapping[str, Any]) -> list[str]:
-    return [f"- {name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in results.items()]
+    """How the numbers were made, in lines; what is nested stays in results.json."""
+    known = {
+        key: value for key, value in results.items() if key not in ("sd", "real", "better", "meaning", "sweep", "reference", "extractor")
+    }
+    named = {key: results[key]["name"] for key in ("extractor",) if isinstance(results.get(key), Mapping) and "name" in results[key]}
+    text = lambda value: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else json.dumps(value)
+    return [f"- {name}: {value if isinstance(value, str) else text(value)}" for name, value in (known | named).items()]
 
 
 def _snippet(pipeline: DiffusionPipeline, repo_id: str) -> str:

@@ -15,16 +15,14 @@ from .evaluation import (
     Moments,
     MomentsAccumulator,
     class_accuracy,
-    density_coverage,
     energy_distance,
     frechet_distance,
     inception_score,
     kernel_distance,
-    memorisation,
     per_class,
-    precision_recall,
     spread,
 )
+from .neighbours import density_coverage, memorisation, precision_recall
 from .shapes import Float, Int
 
 MOST_PAIRED = 10_000  # samples for what looks at all pairs twice, the energy distance: beyond that it costs minutes and gains no digit
@@ -141,6 +139,7 @@ def lacking(name: str, generated: FeatureSet, reference: Reference, extractor: A
         "samples": samples is not None,
         "labels": generated.labels is not None and (samples is None or samples.labels is not None),
         "logits": generated.logits is not None,
+        "splits": -(-len(generated) // -(-len(generated) // 10)) == 10,
         "judged": generated.judged is not None,
         "held_out": held_out is not None,
         "many": len(generated) >= fewest and (reference.moments.count or fewest) >= fewest,  # a count of 0 is unknown
@@ -152,6 +151,7 @@ def lacking(name: str, generated: FeatureSet, reference: Reference, extractor: A
         "samples": "the reference holds moments only; make it of a dataset",
         "labels": "there are no labels",
         "logits": "this extractor has no classifier",
+        "splits": f"its 10 splits need a number of samples that divides into them, got {len(generated)}",
         "judged": "there is no classifier of these classes; train a judge",
         "held_out": "there are no held-out images",
         "many": f"a Frechet distance in this extractor needs {fewest} samples on both sides, got {len(generated)} and {reference.moments.count}",
@@ -240,7 +240,7 @@ def _memorised(generated: FeatureSet, reference: Reference, held_out: FeatureSet
 METRICS: dict[str, Metric] = {
     "frechet": Metric(_frechet, "lower", "Frechet distance of Gaussian fits of the features", frozenset({"many"})),
     "kid": Metric(_kernel, "lower", "squared kernel distance of the features, cubic kernel", frozenset({"samples", "subset"})),
-    "inception_score": Metric(_inception, "higher", "how sure and how varied a classifier is", frozenset({"logits"})),
+    "inception_score": Metric(_inception, "higher", "how sure and how varied a classifier is", frozenset({"logits", "splits"})),
     "precision": Metric(_precision, "higher", "share of samples near real ones, and of real ones near samples", frozenset({"samples", "near"})),
     "coverage": Metric(_coverage, "higher", "real samples near a sample, and share of real neighbourhoods reached", frozenset({"samples", "near"})),
     "coverage_worst_class": Metric(_worst_coverage, "higher", "coverage of the class that is covered least", frozenset({"samples", "near", "near_in_class"})),

@@ -23,7 +23,7 @@ from accelerate import PartialState
 from torch import nn
 
 from .meters import METRICS, FeatureSet, Reference, measure, possible
-from .sampling import PipelineSamples, Samples, extract
+from .sampling import PipelineSamples, Samples, extract, processes
 
 MEANINGS = {
     "kid": "kid", "inception_score": "inception_score", "precision": "precision", "recall": "precision", "density": "coverage", "coverage": "coverage",
@@ -57,7 +57,7 @@ class Bench:
     judged_by_extractor: bool = False
     folder: Path | None = None
     batch_size: int = 100
-    state: PartialState = field(default_factory=PartialState)
+    state: PartialState = field(default_factory=processes)
 
     def measure(self, samples: Samples, name: str) -> tuple[dict[str, float], FeatureSet]:
         """The numbers of these samples, and what they were taken of; shards lie in a folder of this name."""
@@ -186,8 +186,8 @@ def circumstances() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in packages},
         "python": platform.python_version(),
-        "device": str(PartialState().device),
-        "processes": PartialState().num_processes,
+        "device": str(processes().device),
+        "processes": processes().num_processes,
     }
 
 

@@ -7,12 +7,14 @@ by it, and is refused where it does not fit.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from huggingface_hub import cached_assets_path
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from .evaluation import Moments
 from .meters import FeatureSet, Reference, limited, moments_of
-from .sampling import Samples, extract
+from .sampling import Samples, extract, processes
 
 MOST_SAMPLES = 10_000  # whose features are kept: the protocol of precision and recall
 FORMAT = 1
@@ -33,6 +35,7 @@ def make_reference(
     most_samples: int = MOST_SAMPLES,
     cache: str | os.PathLike | None = None,
     batch_size: int = 100,
+    state: PartialState | None = None,
 ) -> Reference:
     """The reference of these real images in this extractor, from the cache if it was made before.
 
@@ -42,6 +45,7 @@ def make_reference(
         most_samples: of how many, drawn at random, the features are kept.
         cache: a folder; the Hub's assets folder if not given.
         batch_size: images per call.
+        state: of the processes that share the work.
     """
     description = {
         "format": FORMAT,
@@ -52,15 +56,20 @@ def make_reference(
     folder = Path(cache) if cache else cached_assets_path("drifting_diffusers", "references", "features")
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / f"{extractor.name.replace('/', '--')}-{key}.safetensors"
-    if file.exists():
+    state = state or processes()
+    there = file.exists()
+    state.wait_for_everyone()  # before one of them writes it
+    if there:
         return read_reference(file, description)
-    seen = extract(samples, extractor, folder=folder / f"{key}.shards", batch_size=batch_size, description="real images")
+    shards = folder / f"{key}.shards"
+    seen = extract(samples, extractor, folder=shards, batch_size=batch_size, description="real images", state=state)
     chosen = limited(len(seen), most_samples)
     reference = Reference(moments_of(seen.features), seen.take(chosen), description, chosen)
-    write_reference(reference, file)
-    for shard in (folder / f"{key}.shards").iterdir():
-        shard.unlink()
-    (folder / f"{key}.shards").rmdir()
+    state.wait_for_everyone()  # all have read the shards
+    if state.is_main_process:
+        write_reference(reference, file)
+        shutil.rmtree(shards)
+    state.wait_for_everyone()
     return reference
 
 

@@ -3,7 +3,6 @@ r"""Samples to be measured, by their index: sample i is the same whatever is dra
 Features are kept in shards while they are made, so an evaluation that was stopped goes on where it was.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -13,11 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import LabelledImages
+from .extractors import digest
 from .meters import FeatureSet
 from .pipeline import DriftingPipeline
 from .shapes import Float, Int
@@ -114,13 +115,9 @@ class DatasetSamples:
         }
 
 
-def digest(module: nn.Module) -> str:
-    """The weights of a network as 16 digits."""
-    found = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+def processes() -> PartialState:
+    """The processes that share the work; bare `PartialState()` would not see ACCELERATE_USE_CPU and take each of several for the only one."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @torch.no_grad()
@@ -150,9 +147,11 @@ def extract(
     Raises:
         ValueError: if the folder holds shards of something else.
     """
-    state = state or PartialState()
+    state = state or processes()
     if folder is None and state.num_processes > 1:
         raise ValueError(f"{state.num_processes} processes share features through files: give a folder that all of them see")
+    if not extractor.num_features:
+        extractor(samples.images([0]))  # pixels are counted when the first image is seen, and all of them may be in shards already
     firsts = range(0, len(samples), SHARD)
     contract = {"samples": samples.describe(), "extractor": extractor.describe(), "judge": None if judge is None else digest(judge)}
     if folder is not None:

@@ -10,8 +10,8 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .evaluation import nearest
 from .meters import FeatureSet, Reference
+from .neighbours import nearest
 from .sampling import Samples
 from .shapes import Float
 

@@ -65,16 +65,15 @@ def add(verbs: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and write results and pictures."""
     import torch
-    from accelerate import PartialState
 
     from ..extractors import load_extractor
     from ..protocol import Bench, evaluate_images, evaluate_pipeline, table, write_results
     from ..reference import make_reference
-    from ..sampling import DatasetSamples, PipelineSamples
+    from ..sampling import DatasetSamples, PipelineSamples, processes
 
     if (options.dataset is None) == (options.reference is None):
         raise ValueError("give the real images as --dataset or as --reference, one of them")
-    state = PartialState()
+    state = processes()
     device = torch.device(options.device) if options.device else state.device
     generated = _generated(options, device)
     size, channels, classes = _form(generated)
@@ -86,8 +85,7 @@ def run(options: argparse.Namespace) -> None:
     extractor = load_extractor(options.extractor, weights=options.weights, device=device)
     training = DatasetSamples(real[options.split], labelled=bool(classes)) if real else None
     if training is not None:
-        with state.main_process_first():
-            reference = make_reference(training, extractor, cache=options.reference_cache, batch_size=options.batch_size)
+        reference = make_reference(training, extractor, cache=options.reference_cache, batch_size=options.batch_size, state=state)
     else:
         reference = _read_reference(options.reference, extractor)
     bench = Bench(
@@ -187,7 +185,7 @@ def _judge(options: argparse.Namespace, real: Any, state: Any) -> Any:
     from ..classifiers import kept_judge
 
     with state.main_process_first():
-        return kept_judge(real, options.output / "judge.safetensors")
+        return kept_judge(real, options.output / f"judge-{real.dataset._fingerprint}.safetensors")
 
 
 def _draw(folder: Path, results: dict[str, Any], bench: Any, shown: Any, training: Any) -> None:
