@@ -46,6 +46,7 @@ def test_an_unknown_name_says_which_names_there_are():
 def test_public_names_are_a_snapshot():
     assert dir(drifting_diffusers) == [
         "BackboneFeatures",
+        "Bench",
         "ConvNextV2Features",
         "Drift",
         "DriftingConfig",
@@ -61,4 +62,6 @@ def test_public_names_are_a_snapshot():
         "Windows",
         "__version__",
         "drift_loss",
+        "evaluate_pipeline",
+        "load_extractor",
     ]

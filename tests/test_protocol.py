@@ -87,13 +87,13 @@ def test_batches_and_shards_do_not_matter(pipeline, tmp_path):
 
 
 def test_what_was_stopped_goes_on(pipeline, tmp_path):
-    samples = PipelineSamples(pipeline, 2 * SHARD)
-    whole = extract(samples, pixels(), folder=tmp_path)
+    samples, extractor = PipelineSamples(pipeline, 2 * SHARD), pixels()
+    whole = extract(samples, extractor, folder=tmp_path)
     (tmp_path / f"{SHARD:08d}.safetensors").unlink()
     drawn = []
     images = samples.images
     samples.images = lambda indices: drawn.extend(indices) or images(indices)
-    again = extract(samples, pixels(), folder=tmp_path)
+    again = extract(samples, extractor, folder=tmp_path)
     assert drawn == list(range(SHARD, 2 * SHARD))
     assert_close(again.features, whole.features, rtol=0, atol=0)
 

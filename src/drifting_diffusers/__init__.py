@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BackboneFeatures": "backbones",
+    "Bench": "protocol",
     "ConvNextV2Features": "backbones",
     "Drift": "fields",
     "DriftingConfig": "config",
@@ -24,10 +25,13 @@ _HOME = {
     "SampleBank": "bank",
     "Windows": "features",
     "drift_loss": "losses",
+    "evaluate_pipeline": "protocol",
+    "load_extractor": "extractors",
 }
 
 __all__ = [
     "BackboneFeatures",
+    "Bench",
     "ConvNextV2Features",
     "Drift",
     "DriftingConfig",
@@ -43,6 +47,8 @@ __all__ = [
     "Windows",
     "__version__",
     "drift_loss",
+    "evaluate_pipeline",
+    "load_extractor",
 ]
 
 if TYPE_CHECKING:
@@ -51,6 +57,7 @@ if TYPE_CHECKING:
     from .bank import SampleBank as SampleBank
     from .config import DriftingConfig as DriftingConfig
     from .encoders import MaskedAutoencoder as MaskedAutoencoder
+    from .extractors import load_extractor as load_extractor
     from .features import MultiScaleStatistics as MultiScaleStatistics
     from .features import Pixels as Pixels
     from .features import Windows as Windows
@@ -60,6 +67,8 @@ if TYPE_CHECKING:
     from .losses import drift_loss as drift_loss
     from .objective import DriftingObjective as DriftingObjective
     from .pipeline import DriftingPipeline as DriftingPipeline
+    from .protocol import Bench as Bench
+    from .protocol import evaluate_pipeline as evaluate_pipeline
     from .trainer import DriftingTrainer as DriftingTrainer
 
 
