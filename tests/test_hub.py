@@ -91,7 +91,10 @@ np.save(FOLDER / "variant.npy", draw(build(7)))
 # networks alone
 from drifting_diffusers import MaskedAutoencoder
 generator().push_to_hub("tester/network", private=True)
-MaskedAutoencoder(base_channels=32, layers_per_stage=[1, 1, 1, 1], num_classes=2).push_to_hub("tester/encoder", max_shard_size="1MB")
+encoder = MaskedAutoencoder(base_channels=32, layers_per_stage=[1, 1, 1, 1], num_classes=2)
+encoder.push_to_hub("tester/encoder", max_shard_size="1MB")
+encoder.save_pretrained(FOLDER / "saved", push_to_hub=True, repo_id="tester/saved-encoder", private=True)
+generator().save_pretrained(FOLDER / "saved-network", push_to_hub=True)
 
 # a variant of the generator alone
 build(7).save_pretrained(FOLDER / "mixed", variant="fp16")
@@ -203,14 +206,16 @@ raises(OSError, "v9", lambda: load("tester/fish", revision="v9"))
 
 
 def test_networks_alone_have_cards_of_ours(server, pushed, home):
-    for name, cls in (("network", "DriftingGenerator"), ("encoder", "MaskedAutoencoder")):
+    names = {"network": "DriftingGenerator", "saved-network": "DriftingGenerator"}
+    names |= {"encoder": "MaskedAutoencoder", "saved-encoder": "MaskedAutoencoder"}
+    for name, cls in names.items():
         card = pushed[f"tester/{name}"].files()["README.md"].decode()
         assert "library_name: drifting-diffusers" in card
         assert f'{cls}.from_pretrained("tester/{name}")' in card
-        run(
-            f'from drifting_diffusers import {cls}; assert {cls}.from_pretrained("tester/{name}").config.num_classes == 2', home, server.url
-        )
+    load = (f'{cls}.from_pretrained("tester/{name}").config.num_classes == 2' for name, cls in names.items())
+    run("from drifting_diffusers import DriftingGenerator, MaskedAutoencoder\nassert " + " and ".join(load), home, server.url)
     assert pushed["tester/network"].private
+    assert pushed["tester/saved-encoder"].private
     assert sum(path.endswith(".safetensors") for path in pushed["tester/encoder"].files()) > 1
 
 

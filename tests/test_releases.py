@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from drifting_diffusers.releases import RELEASES, release_card
+from drifting_diffusers.releases import RELEASES, Conversion, release_card
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 
@@ -50,3 +50,29 @@ def test_cards_say_whose_numbers_they_are(name):
         assert {result.source_name for result in card.data.eval_results} == {"reported by the authors"}
     else:
         assert "FID" not in card.text
+
+
+def test_cards_say_how_the_weights_were_converted():
+    plain = release_card("latent_L_sota", "user/mine")
+    assert "1.0 is taken if none is given, where the FID reported below is best" in plain
+    how = Conversion(dtype="bfloat16", guidance_scale=3.0, vae=None, revision="v1", mark="<!-- mark -->")
+    card = release_card("latent_L_sota", "user/mine", how)
+    for said in (
+        "3.0 is taken if none is given; the FID reported below is best at 1.0",
+        "rounded to bfloat16",
+        'output_type="latent").images',
+        "comes without that decoder",
+        "at revision `v1`",
+        "with `drifting-diffusers convert latent_L_sota --dtype bfloat16 --guidance-scale 3.0 --no-vae --revision v1`",
+        "<!-- mark -->",
+    ):
+        assert said in card
+        assert said not in plain
+    for said in ("as it is", "decodes to images", "images = pipe", "where the FID reported below is best"):
+        assert said in plain
+        assert said not in card
+    assert ModelCard(card).data.to_dict() == ModelCard(plain).data.to_dict()
+    assert "; here `user/other` decodes them" in release_card("latent_L_sota", conversion=Conversion(vae="user/other"))
+    loaded = "from_release(\"latent_L_sota\", dtype=torch.bfloat16, vae=None, guidance_scale=3.0, revision='v1')"
+    assert loaded in release_card("latent_L_sota", conversion=how)
+    assert "vae" not in release_card("pixel_L_sota", conversion=Conversion(vae=None)).replace("--no-vae", "")

@@ -97,8 +97,23 @@ def download_components(
 class PushWithCard:
     """Pushing with our card in place of diffusers' empty one, for pipelines and single networks."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        use_flashpack: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """As in diffusers. With `push_to_hub` the repository `repo_id` (by default the folder's name) gets our card unless it has its own README."""
+        # By name, because a pipeline asks its components' signatures what it may pass on.
+        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        options |= {"use_flashpack": use_flashpack}
+        defaults = {"safe_serialization": True, "use_flashpack": False}
+        kwargs |= {name: value for name, value in options.items() if value != defaults.get(name)}
         pushing = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "token", "create_pr") if key in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if push_to_hub and kwargs.get("is_main_process", True):

@@ -6,7 +6,6 @@ Each image takes its noise and then its style from its own generator, so the sam
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 import torch
@@ -183,13 +182,6 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
         super().save_config(save_directory, **kwargs)
         hub.publish_layout(save_directory)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in diffusers. With `push_to_hub` the repository `repo_id` (by default the folder's name) gets our card unless it has its own README."""
-        upload = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "token", "create_pr") if key in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if push_to_hub:
-            hub.upload(self, save_directory, upload.pop("repo_id", Path(save_directory).name), **upload)
-
     @classmethod
     def from_release(
         cls,
@@ -205,7 +197,8 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
 
         Args:
             source: "latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation"; or a folder or file of the release's format.
-            vae: decodes samples of 4 channels; a model, or what `AutoencoderKL.from_pretrained` loads, or None for samples that stay latents.
+            vae: decodes samples of 4 channels; a model, or the folder or repository that `AutoencoderKL.from_pretrained` loads, or None for samples
+                that stay latents.
             labels: a name for every class; for 1000 classes those of ImageNet if not given.
             guidance_scale: what is taken when a call gives none; if not given, the one of the release's best FID, or 1 for a folder or file.
             dtype: of the weights; float32 if not given.
@@ -214,7 +207,10 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
         Raises:
             FileNotFoundError: if there is no such folder or file.
             ValueError: for an unknown name, or an artefact that is broken or no generator.
+            TypeError: for a `vae` or `dtype` of another kind.
         """
+        if not (vae is None or isinstance(vae, ModelMixin) or (isinstance(vae, str) and vae)):
+            raise TypeError(f"vae must be a model, the name of a folder or repository, or None for samples that stay latents, got {vae!r}")
         transformer = DriftingGenerator.from_release(source, dtype=dtype, **kwargs)
         if labels is None and transformer.config.num_classes == 1000:
             labels = imagenet_labels()

@@ -91,33 +91,110 @@ _ROWS = [
 RELEASES = {row.name: row for row in _ROWS}
 
 
-def release_card(name: str, repo_id: str | None = None) -> str:
+@dataclass(frozen=True)
+class Conversion:
+    """What was asked of a conversion: its card must say so.
+
+    Args:
+        dtype: of the weights.
+        guidance_scale: the pipeline's default, where it is not the one of the best FID.
+        vae: the decoder's repository or folder; None where samples stay latents.
+        revision: of the release's repository.
+        mark: a line that tells a rendered card from one that somebody wrote.
+    """
+
+    dtype: str = "float32"
+    guidance_scale: float | None = None
+    vae: str | None = VAE
+    revision: str | None = None
+    mark: str = ""
+
+
+def release_card(name: str, repo_id: str | None = None, conversion: Conversion | None = None) -> str:
     """The README.md of a converted artefact: what it is, how to use it, what its authors report, what is to be minded.
 
     Args:
         name: of the artefact.
         repo_id: where the converted model lies; without one the snippet converts.
+        conversion: how it was converted; plainly, if not given.
     """
-    release = RELEASES[name]
+    release, how = RELEASES[name], conversion or Conversion()
     cls = "DriftingPipeline" if release.kind == "gen" else "MaskedAutoencoder"
-    load = f'{cls}.from_pretrained("{repo_id}")' if repo_id else f'{cls}.from_release("{name}")'
+    load = f'{cls}.from_pretrained("{repo_id}")' if repo_id else f'{cls}.from_release("{name}"{_arguments(release, how)})'
+    latent = release.space == "latent" and how.vae is None
+    facts = {
+        "load": load,
+        "samples": _samples(release, how),
+        "seen": _SEEN[release.space],
+        "encoders": _encoders(release),
+        "scales": _scales(release, how),
+        "draw": 'latents = pipe(["macaw", "alp"], generator=torch.Generator().manual_seed(0), output_type="latent").images'
+        if latent
+        else 'images = pipe(["macaw", "alp"], generator=torch.Generator().manual_seed(0)).images',
+    }
     sections = [
-        f"---\n{_metadata(release, repo_id)}\n---",
+        f"---\n{_metadata(release, repo_id)}\n---" + (f"\n{how.mark}" if how.mark else ""),
         f"# {repo_id.split('/')[-1] if repo_id else name}",
-        (_GENERATOR if release.kind == "gen" else _ENCODER).format(
-            **vars(release), load=load, samples=_SAMPLES[release.space], seen=_SEEN[release.space], encoders=_encoders(release)
-        ),
+        (_GENERATOR if release.kind == "gen" else _ENCODER).format(**vars(release) | facts),
         *([_reported(release)] if release.results else []),
         _USE[release.kind],
-        _ORIGIN.format(name=name, path=release.path, repository=REPOSITORY),
+        _ORIGIN.format(path=release.path, repository=REPOSITORY, command=_command(release, how), at=_at(how), weights=_weights(how)),
     ]
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 
-_SAMPLES = {
-    "latent": f"latents of 4 x 32 x 32, which [{VAE}](https://huggingface.co/{VAE}) decodes to images of 256 x 256 (scaling factor 0.18215)",
-    "pixel": "images of 3 x 256 x 256, without a decoder",
-}
+def _arguments(release: Release, how: Conversion) -> str:
+    """What `from_release` is given beside the name to make the same."""
+    given = {
+        "vae": how.vae if release.space == "latent" and release.kind == "gen" and how.vae != VAE else ...,
+        "guidance_scale": how.guidance_scale if _other_scale(release, how) else ...,
+        "revision": how.revision or ...,
+    }
+    dtype = "" if how.dtype == "float32" else f", dtype=torch.{how.dtype}"
+    return dtype + "".join(f", {name}={value!r}" for name, value in given.items() if value is not ...)
+
+
+def _command(release: Release, how: Conversion) -> str:
+    """The command that makes the same."""
+    decoder = (["--no-vae"] if how.vae is None else ["--vae", how.vae]) if release.kind == "gen" and how.vae != VAE else []
+    parts = [
+        "drifting-diffusers convert",
+        release.name,
+        *(["--dtype", how.dtype] if how.dtype != "float32" else []),
+        *(["--guidance-scale", str(how.guidance_scale)] if _other_scale(release, how) else []),
+        *decoder,
+        *(["--revision", how.revision] if how.revision else []),
+    ]
+    return " ".join(parts)
+
+
+def _other_scale(release: Release, how: Conversion) -> bool:
+    return how.guidance_scale not in (None, release.guidance_scale)
+
+
+def _at(how: Conversion) -> str:
+    return f" at revision `{how.revision}`" if how.revision else ""
+
+
+def _weights(how: Conversion) -> str:
+    return "every tensor is taken over\nas it is" if how.dtype == "float32" else f"every tensor is taken over,\nrounded to {how.dtype}"
+
+
+def _scales(release: Release, how: Conversion) -> str:
+    best = release.guidance_scale
+    if _other_scale(release, how):
+        return f"{how.guidance_scale} is taken if none is given; the FID reported below is best at {best}"
+    return f"{best} is taken if none is given, where the FID reported below is best"
+
+
+def _samples(release: Release, how: Conversion) -> str:
+    if release.space == "pixel":
+        return "images of 3 x 256 x 256, without a decoder"
+    if how.vae is None:
+        return f"latents of 4 x 32 x 32 of [{VAE}](https://huggingface.co/{VAE}) (scaling factor 0.18215), and comes without that decoder"
+    link = f"latents of 4 x 32 x 32, which [{VAE}](https://huggingface.co/{VAE}) decodes to images of 256 x 256 (scaling factor 0.18215)"
+    return link if how.vae == VAE else f"{link}; here `{how.vae}` decodes them"
+
 
 _SEEN = {
     "latent": f"latents of 4 x 32 x 32 of [{VAE}](https://huggingface.co/{VAE}), times 0.18215",
@@ -143,10 +220,10 @@ import torch
 from drifting_diffusers import DriftingPipeline
 
 pipe = {load}
-images = pipe(["macaw", "alp"], generator=torch.Generator().manual_seed(0)).images
+{draw}
 ```
 
-`guidance_scale` is an input of the network, from 1 (none) to 4; {guidance_scale} is taken if none is given, where the FID reported below is best.
+`guidance_scale` is an input of the network, from 1 (none) to 4; {scales}.
 `.to(torch.bfloat16)` runs it as the release does."""
 
 _ENCODER = """
@@ -181,8 +258,7 @@ little. It makes no images worth looking at: its reconstructions only served its
 _ORIGIN = """
 ## Origin and licence
 
-Converted from `{path}` of [{repository}](https://huggingface.co/{repository}) with `drifting-diffusers convert {name}`; every tensor is taken over
-as it is. That conversion and network give the numbers of the reference implementation is tested with recorded outputs of small networks of the same
+Converted from `{path}` of [{repository}](https://huggingface.co/{repository}){at} with `{command}`; {weights}. That conversion and network give the numbers of the reference implementation is tested with recorded outputs of small networks of the same
 kinds; with these weights themselves no comparison was recorded.
 
 The source names no licence for the weights: check there what is allowed before you use or share them. ImageNet has terms of its own.

@@ -21,10 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:  # of the Hub too, which are OSErrors
+    except Exception as error:
         if options.traceback:
             raise
-        print(f"drifting-diffusers: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if not isinstance(
+            error, ValueError | TypeError | OSError | ImportError
+        ):  # no sentence of ours: of the network, of torch, of memory
+            text = f"{type(error).__name__}{f': {text}' if text else ''} (--traceback shows where)"
+        print(f"drifting-diffusers: error: {text}", file=sys.stderr)
         return 1
     return 0
 
