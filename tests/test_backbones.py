@@ -16,7 +16,9 @@ from transformers import (
     ConvNextConfig,
     ConvNextModel,
     ConvNextV2Config,
+    ConvNextV2ForImageClassification,
     ConvNextV2Model,
+    Dinov2Backbone,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
@@ -467,3 +469,40 @@ def test_the_description_holds_every_option():
     other = features("vit")
     nn.init.ones_(other.model.embeddings.cls_token)
     assert json.dumps(DriftingObjective(other).describe()) != told[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean_windows": (0,)}, r"windows must have sides of at least 1, in integers, got \(0,\)"),
+        ({"std_windows": (-2,)}, "windows must have sides of at least 1"),
+        ({"std_windows": 2}, "windows must have sides of at least 1"),
+        ({"size": "56"}, "size must be an integer, the side in pixels, or two, height and width, got '56'"),
+        ({"size": (32, 32, 3)}, r"size must be an integer, .* got \(32, 32, 3\)"),
+        ({"size": 32.0}, r"size must be an integer, .* got 32.0"),
+        ({"layers": (1.0,)}, r"layers must be a sequence of integers in -5...4, got \(1.0,\); one layer is \(4,\)"),
+        ({"layers": 4}, "layers must be a sequence of integers"),
+        ({"image_mean": 0.5}, "image_mean must be 3 numbers up to 1, one for each channel of the model, got 0.5"),
+        ({"image_mean": (float("nan"),) * 3}, "image_mean must be 3 numbers up to 1"),
+        ({"image_mean": (127,) * 3}, r"got \(127, 127, 127\); they are of images in \[0, 1\]: divide what is of bytes by 255"),
+        ({"image_std": (0.0, 1.0, 1.0)}, "image_std must be 3 positive numbers up to 1"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("as_users_see_it")
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        features("dinov2", **options)
+
+
+def test_models_with_a_head_are_refused_with_their_base():
+    """Their output has no pooled one, so features would be missing without a word."""
+    headed = ConvNextV2ForImageClassification(ConvNextV2Config(**CONV, image_size=64))
+    message = "a ConvNextV2ForImageClassification has a head, .* give its model.base_model, a ConvNextV2Model"
+    with pytest.raises(ValueError, match=message):
+        ConvNextV2Features(headed)
+    with pytest.raises(ValueError, match=message):
+        BackboneFeatures(headed, **IMAGENET)
+    assert "pooled" in ConvNextV2Features(headed.base_model, size=64)(images())
+    with pytest.raises(ValueError, match=r"a Dinov2Backbone returns no hidden states as they are; .*AutoModel.from_pretrained"):
+        BackboneFeatures(Dinov2Backbone(Dinov2Config(**DINO)), **IMAGENET)

@@ -285,6 +285,12 @@ def test_a_decoder_is_taken_as_given(tmp_path):
         assert_close(images, (vae.decode(latents / 0.18215).sample / 2 + 0.5).clamp(0, 1))
 
 
+@pytest.mark.parametrize("vae", [False, 7, ""])
+def test_what_is_no_decoder_is_refused(vae, as_users_see_it):
+    with pytest.raises(TypeError, match=f"vae must be a model, the name of a folder or repository, or None .* got {vae!r}"):
+        DriftingPipeline.from_release("latent_L_sota", vae=vae)
+
+
 def test_imagenet_labels(shared):
     from datasets import load_dataset
 

@@ -421,6 +421,14 @@ def test_layerwise_casting():
         assert (values - exact[name]).abs().max() <= 0.1 * exact[name].abs().max(), name
 
 
+@pytest.mark.usefixtures("as_users_see_it")
+def test_the_whole_pass_is_one_graph():
+    model, x, labels = small(), images(), torch.tensor([0, 1, 2])
+    mask = half_mask(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(x, mask, labels, 0.5).loss, model(x, mask, labels, 0.5).loss)
+
+
 # -- bad inputs
 
 
@@ -460,6 +468,9 @@ def test_configurations_that_cannot_be(config, message):
         ({"images": torch.zeros(3, 2, 9, 8)}, r"input_patch_size must divide both sides of the images, got 2 for \[3, 2, 9, 8\]; crop"),
         ({"mask": torch.zeros(3, 1, 8, 8)}, r"mask must be .* \[3, 1, 4, 4\] for images \[3, 2, 8, 8\], got torch.float32 \[3, 1, 8, 8\]"),
         ({"mask": torch.zeros(3, 1, 4, 4, dtype=torch.bool)}, "mask must be floating point .* got torch.bool"),
+        ({"mask": torch.full((3, 1, 4, 4), 2.0)}, "mask must hold 1 for removed positions and 0 for the others"),
+        ({"mask": torch.full((3, 1, 4, 4), float("nan"))}, "mask must hold 1 for removed positions and 0 for the others"),
+        ({"labels": torch.tensor([True, False, True])}, "labels must be integers .* got torch.bool"),
         ({"labels": None}, "labels are needed for a classification_weight of 0.5"),
         ({"labels": torch.zeros(2, dtype=torch.long)}, r"labels must be integers \[3\] in \[0, 5\), got torch.int64 \[2\]"),
         ({"labels": torch.zeros(3)}, "labels must be integers .* got torch.float32"),
@@ -479,8 +490,14 @@ def test_arguments_that_do_not_fit(rng):
     model = small()
     with pytest.raises(ValueError, match="every_block must be at least 1, got 0; None leaves the blocks out"):
         model.activations(images(), every_block=0)
-    with pytest.raises(ValueError, match=r"windows must have sides of at least 1, got \(0,\)"):
-        model.activations(images(), mean_windows=(0,))
+    for every_block in (1.5, True):
+        with pytest.raises(ValueError, match=f"every_block must be at least 1, an integer, got {every_block}"):
+            model.activations(images(), every_block=every_block)
+    for windows in ((0,), (2.0,), 2):
+        with pytest.raises(ValueError, match="windows must have sides of at least 1, in integers, got"):
+            model.activations(images(), mean_windows=windows)
+    with pytest.raises(ValueError, match=r"ratio must satisfy 0 <= low <= high <= 1, got 0.5; the paper's is \(0.5, 0.5\)"):
+        model.draw_mask(3, (8, 8), generator=rng, ratio=0.5)
     with pytest.raises(ValueError, match=r"input_patch_size must divide .* got 4 for \[3, 2, 18, 16\]"):
         small(input_patch_size=4).activations(images(h=18))
     with pytest.raises(ValueError, match=r"mask_patch_size must divide both sides of the grid, got 2 for \(7, 8\); crop"):

@@ -4,6 +4,7 @@ A pretrained model knows which images look alike where pixels do not. Its weight
 """
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .features import map_statistics
+from .features import check_windows, map_statistics
 from .shapes import Float
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -53,7 +54,8 @@ class BackboneFeatures(nn.Module):
         prefix: of all names, so that two backbones can stand in one objective.
 
     Raises:
-        ValueError: for a model of another family; for layers or a size that it does not have; on a call, for images that it cannot see.
+        ValueError: for a model of another family or with a head; for layers or a size that it does not have; for a mean or standard deviation
+            that images in [0, 1] do not have; on a call, for images that it cannot see.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class BackboneFeatures(nn.Module):
         config = tower.config
         if config.model_type not in FAMILIES:
             raise ValueError(f"cannot read the hidden states of a {type(model).__name__}; take one of {', '.join(sorted(FAMILIES))}")
+        check_base(tower)
         if config.model_type == "vit_mae":
             config.mask_ratio = 0.0
         self.model = tower
@@ -85,6 +88,7 @@ class BackboneFeatures(nn.Module):
         self.size = chosen_size(config, size)
         self.image_mean = per_channel(config, "image_mean", image_mean)
         self.image_std = per_channel(config, "image_std", image_std)
+        check_windows(mean_windows, std_windows)
         self.statistics: dict[str, Any] = {"locations": locations, "mean": mean, "std": std}
         self.statistics |= {"mean_windows": tuple(mean_windows), "std_windows": tuple(std_windows)}
         self.pooled, self.standardise, self.prefix = pooled, standardise, prefix
@@ -262,6 +266,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def check_base(model: Any) -> None:
+    """Refuse a model with a head, or of transformers' backbones: what they return has no pooled output, or other hidden states."""
+    if any(base.__name__ == "BackboneMixin" for base in type(model).__mro__):  # its module differs between versions of transformers
+        raise ValueError(
+            f"a {type(model).__name__} returns no hidden states as they are; load the same weights with AutoModel.from_pretrained"
+        )
+    if re.search("For[A-Z]", type(model).__name__):  # by name: a DINOv3Model, too, has another `base_model` than itself
+        raise ValueError(
+            f"a {type(model).__name__} has a head, and its output no pooled one; give its model.base_model, a {type(model.base_model).__name__}"
+        )
+
+
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, of which a configuration may hold one number for both."""
     height, width = (value, value) if isinstance(value, int) else value
@@ -269,9 +285,13 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def per_channel(config: Any, name: str, values: Sequence[float]) -> tuple[float, ...]:
-    if len(values) != config.num_channels or (name == "image_std" and min(values) <= 0):
-        kind = "positive numbers" if name == "image_std" else "numbers"
-        raise ValueError(f"{name} must be {config.num_channels} {kind}, one for each channel of the model, got {values}")
+    kind = "positive numbers" if name == "image_std" else "numbers"
+    sound = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == config.num_channels
+    if not sound or not all(isinstance(x, int | float) and 0 <= x <= 1 and (x or name == "image_mean") for x in values):
+        raise ValueError(
+            f"{name} must be {config.num_channels} {kind} up to 1, one for each channel of the model, got {values}; "
+            "they are of images in [0, 1]: divide what is of bytes by 255"
+        )
     return tuple(float(value) for value in values)
 
 
@@ -280,6 +300,8 @@ def chosen_layers(config: Any, layers: Sequence[int] | None) -> tuple[int, ...]:
     count = len(config.depths) if config.model_type in CONVNETS else config.num_hidden_layers
     if layers is None:
         return tuple(sorted({-(-count * quarter // 4) for quarter in (1, 2, 3, 4)}))
+    if not isinstance(layers, Sequence) or not all(type(index) is int for index in layers):
+        raise ValueError(f"layers must be a sequence of integers in {-count - 1}...{count}, got {layers!r}; one layer is ({count},)")
     found = tuple(index + count + 1 if index < 0 else index for index in layers)
     if not found or len(set(found)) != len(found) or not all(0 <= index <= count for index in found):
         raise ValueError(
@@ -291,6 +313,9 @@ def chosen_layers(config: Any, layers: Sequence[int] | None) -> tuple[int, ...]:
 def chosen_size(config: Any, size: int | Sequence[int] | None) -> tuple[int, int]:
     """Height and width that the model can see, checked."""
     pretrained: Any = getattr(config, "image_size", None)
+    sides = (size, size) if isinstance(size, int) else size
+    if sides is not None and not (isinstance(sides, tuple | list) and len(sides) == 2 and all(type(side) is int for side in sides)):
+        raise ValueError(f"size must be an integer, the side in pixels, or two, height and width, got {size!r}; e.g. size=224")
     if size is None and pretrained is None:
         raise ValueError(
             f"the configuration of this {config.model_type} has no image_size; give size, the side in pixels that it was trained with"

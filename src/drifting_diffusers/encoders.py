@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .convert import from_release
-from .features import map_statistics
+from .features import check_windows, map_statistics
 from .hub import PushWithCard
 from .shapes import Float, Int
 
@@ -195,10 +195,9 @@ class MaskedAutoencoder(PushWithCard, ModelMixin, ConfigMixin):
             ValueError: for images that do not fit the configuration, windows or `every_block` below 1.
         """
         self._check_images(images)
-        if every_block is not None and every_block < 1:
-            raise ValueError(f"every_block must be at least 1, got {every_block}; None leaves the blocks out")
-        if min((*mean_windows, *std_windows), default=1) < 1:
-            raise ValueError(f"windows must have sides of at least 1, got {mean_windows} and {std_windows}; () is none")
+        if every_block is not None and not _natural(every_block):
+            raise ValueError(f"every_block must be at least 1, an integer, got {every_block!r}; None leaves the blocks out")
+        check_windows(mean_windows, std_windows)  # before a pass through the encoder
         patched = self.patchify(images.float())
         found = {"norm_x": (patched.square().mean((2, 3)) + 1e-6).sqrt()[:, None]}
         if whole_image:
@@ -241,7 +240,7 @@ class MaskedAutoencoder(PushWithCard, ModelMixin, ConfigMixin):
         Raises:
             ValueError: for a grid that squares do not tile, or a ratio outside [0, 1].
         """
-        side, (low, high) = self.config.mask_patch_size, ratio
+        side, (low, high) = self.config.mask_patch_size, ratio if isinstance(ratio, tuple | list) and len(ratio) == 2 else (1, 0)
         if not 0 <= low <= high <= 1:
             raise ValueError(f"ratio must satisfy 0 <= low <= high <= 1, got {ratio}; the paper's is (0.5, 0.5)")
         if min(grid) < 1 or grid[0] % side or grid[1] % side:
@@ -323,6 +322,8 @@ class MaskedAutoencoder(PushWithCard, ModelMixin, ConfigMixin):
             raise ValueError(
                 f"mask must be floating point numbers {expected} for images {list(images.shape)}, got {_kind(mask)}; see draw_mask"
             )
+        if _readable(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("mask must hold 1 for removed positions and 0 for the others, got other values or NaN; see draw_mask")
 
     def _check_labels(self, images: Tensor, labels: Tensor | None, weight: float) -> None:
         if not 0 <= weight <= 1:
@@ -332,10 +333,15 @@ class MaskedAutoencoder(PushWithCard, ModelMixin, ConfigMixin):
                 raise ValueError(f"labels are needed for a classification_weight of {weight}; give them, or 0 to learn without labels")
             return
         size = self.config.num_classes
-        if labels.shape != (len(images),) or labels.is_floating_point():
+        if labels.shape != (len(images),) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"labels must be integers [{len(images)}] in [0, {size}), got {_kind(labels)}")
-        if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= size)).any()):  # on a GPU looking would wait for the device
+        if _readable(labels) and bool(((labels < 0) | (labels >= size)).any()):
             raise ValueError(f"labels must lie in [0, {size}), got values from {int(labels.min())} to {int(labels.max())}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on a GPU that waits for the device, and in a compiled graph it breaks the graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _kind(tensor: Tensor) -> str:

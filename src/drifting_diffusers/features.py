@@ -137,7 +137,11 @@ def map_statistics(
         std: the same for the standard deviation.
         mean_windows: sides of square windows side by side, one location each; a side that does not divide the map's is left out.
         std_windows: the same for standard deviations.
+
+    Raises:
+        ValueError: for windows without a side.
     """
+    check_windows(mean_windows, std_windows)
     maps = maps.float()
     found = {name: maps} if locations else {}
     if mean:
@@ -149,3 +153,10 @@ def map_statistics(
     found |= {f"{name}_mean_{side}": windows(side).mean((3, 5)) for side in mean_windows if fits(side)}
     found |= {f"{name}_std_{side}": (windows(side).var((3, 5), correction=0) + 1e-6).sqrt() for side in std_windows if fits(side)}
     return {key: values.flatten(2).mT for key, values in found.items()}
+
+
+def check_windows(mean_windows: Sequence[int], std_windows: Sequence[int]) -> None:
+    """Refuse sides of windows that are none."""
+    for windows in (mean_windows, std_windows):
+        if not isinstance(windows, Sequence) or not all(type(side) is int and side >= 1 for side in windows):
+            raise ValueError(f"windows must have sides of at least 1, in integers, got {mean_windows} and {std_windows}; () is none")
