@@ -31,7 +31,7 @@ def pixels():
     return load_extractor("pixels")
 
 
-def dataset(n=60, seed=0, shift=0):
+def dataset(n=150, seed=0, shift=0):
     """Three classes of 4 x 4 images: one bright row, with noise."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 60, (n, 4, 4), dtype=np.uint8)
@@ -42,7 +42,7 @@ def dataset(n=60, seed=0, shift=0):
     return Dataset.from_dict({"image": [PILImage.fromarray(image) for image in images], "label": labels}, features=features)
 
 
-def real(n=60, seed=0, **kwargs):
+def real(n=150, seed=0, **kwargs):
     data = LabelledImages(dataset(n, seed, **kwargs), size=(4, 4), channels=1, num_classes=3, image_column="image", label_column="label")
     return DatasetSamples(data)
 
@@ -145,8 +145,8 @@ def test_two_processes_give_what_one_gives(pipeline, tmp_path):
 
 def test_a_reference_is_made_once(tmp_path, monkeypatch):
     first = make_reference(real(), pixels(), most_samples=20, cache=tmp_path)
-    assert (first.moments.count, len(first.samples)) == (60, 20)
-    images = real().images(range(60)).flatten(1)
+    assert (first.moments.count, len(first.samples)) == (150, 20)
+    images = real().images(range(150)).flatten(1)
     levels = ((images + 1) * 127.5).round() / 127.5 - 1
     assert_close(first.moments.mean, levels.double().mean(0), rtol=1e-6, atol=1e-6)
     assert_close(first.moments.covariance, levels.double().T.cov(), rtol=1e-5, atol=1e-6)
@@ -165,7 +165,7 @@ def test_a_reference_is_made_once(tmp_path, monkeypatch):
 def test_a_reference_of_something_else_is_refused(tmp_path):
     reference = make_reference(real(), pixels(), cache=tmp_path)
     write_reference(reference, tmp_path / "mine.safetensors")
-    assert read_reference(tmp_path / "mine.safetensors", {"extractor": pixels().describe()}).moments.count == 60
+    assert read_reference(tmp_path / "mine.safetensors", {"extractor": pixels().describe()}).moments.count == 150
     with pytest.raises(ValueError, match=r"does not fit: extractor: wanted .*lite0.*made of .*pixels"):
         read_reference(tmp_path / "mine.safetensors", {"extractor": {"name": "lite0"}})
     from safetensors.torch import save_file
@@ -371,6 +371,23 @@ def test_the_command(pipeline, tmp_path, capsys):
     assert results["sweep"][0]["metrics"]["fd_pixels"]["values"][0] == pytest.approx(expected, rel=1e-5)
     assert main(command) == 0  # again: nothing is drawn anew, the same numbers
     assert json.loads((tmp_path / "out/results.json").read_text())["metrics"] == results["metrics"]
+
+
+def test_the_command_shared_by_two_processes(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipe")
+    data = save_parquet(tmp_path / "data", train=dataset(), test=dataset(30, 5))
+    command = ["evaluate", str(tmp_path / "pipe"), "--dataset", data, "--held-out-split", "test", "--extractor", "pixels",
+               "--num-samples", "600", "--judge", "--reference-cache", str(tmp_path / "cache"), "--output"]  # fmt: skip
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    alone = ["-m", "drifting_diffusers.cli", *command, str(tmp_path / "one")]
+    shared = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "drifting_diffusers.cli", *command]
+    for arguments in ([*shared, str(tmp_path / "two")], alone):
+        done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name, value in one["metrics"].items():  # a pixel on the edge between two levels may fall to either side
+        assert two["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
 def test_the_command_measures_folders_of_images(tmp_path, capsys):

@@ -49,8 +49,8 @@ class FeatureSet:
 
     def take(self, chosen: Any) -> "FeatureSet":
         """Those at these positions."""
-        parts = (None if part is None else part[chosen] for part in (self.features, self.labels, self.logits, self.judged))
-        return FeatureSet(*parts)
+        of = lambda part: None if part is None else part[chosen]
+        return FeatureSet(self.features[chosen], of(self.labels), of(self.logits), of(self.judged))
 
 
 @dataclass(frozen=True)

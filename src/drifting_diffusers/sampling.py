@@ -5,7 +5,7 @@ Features are kept in shards while they are made, so an evaluation that was stopp
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,7 +72,7 @@ class PipelineSamples:
 
     def images(self, indices: Sequence[int]) -> Float[Tensor, "b c h w"]:
         labels = None if self.labels is None else self.labels[list(indices)]
-        drawn = self.pipeline(
+        drawn: Any = self.pipeline(
             labels,
             guidance_scale=self.guidance_scale,
             num_images_per_label=1 if labels is not None else len(indices),
@@ -159,23 +159,38 @@ def extract(
             _claim(Path(folder), contract)
         state.wait_for_everyone()
     mine = firsts[state.process_index :: state.num_processes]
-    found: dict[int, dict[str, Tensor]] = {}
-    with tqdm(total=len(mine) * SHARD, desc=description, unit="image", dynamic_ncols=True, disable=not state.is_main_process) as bar:
-        for first in mine:
-            file = None if folder is None else Path(folder, f"{first:08d}.safetensors")
-            if file is None or not file.exists():
-                found[first] = _shard(samples, extractor, judge, range(first, min(first + SHARD, len(samples))), batch_size, bar)
-                if file is not None:
-                    part = file.with_suffix(".partial")
-                    save_file(found[first], part)
-                    part.replace(file)  # whole or not at all
-            else:
-                bar.update(SHARD)
+    with tqdm(
+        total=sum(min(SHARD, len(samples) - first) for first in mine),
+        desc=description,
+        unit="image",
+        dynamic_ncols=True,
+        disable=not state.is_main_process,
+    ) as bar:
+        look = lambda indices: _shard(samples, extractor, judge, indices, batch_size, bar)
+        found = {first: _made(look, range(first, min(first + SHARD, len(samples))), folder, bar) for first in mine}
     state.wait_for_everyone()
-    shards = [found[first] if first in found else load_file(Path(str(folder), f"{first:08d}.safetensors")) for first in firsts]
+    shards = [found.get(first) or load_file(_file(folder, first)) for first in firsts]
     whole = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
     judged = whole.get("judged") if judge is not None else whole.get("logits") if judged_by_extractor else None
     return FeatureSet(whole["features"], samples.labels, whole.get("logits"), judged)
+
+
+def _file(folder: str | os.PathLike | None, first: int) -> Path:
+    return Path(str(folder), f"{first:08d}.safetensors")
+
+
+def _made(look: Callable[[range], dict[str, Tensor]], indices: range, folder: str | os.PathLike | None, bar: tqdm) -> dict[str, Tensor]:
+    """A shard as it lies in the folder, or made and put there."""
+    if folder is None:
+        return look(indices)
+    file = _file(folder, indices[0])
+    if file.exists():
+        bar.update(len(indices))
+        return load_file(file)
+    found, part = look(indices), file.with_suffix(".partial")
+    save_file(found, part)
+    part.replace(file)  # whole or not at all
+    return found
 
 
 def _claim(folder: Path, contract: dict[str, Any]) -> None:

@@ -67,9 +67,9 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from ..extractors import load_extractor
-    from ..protocol import Bench, evaluate_images, evaluate_pipeline, table, write_results
+    from ..protocol import Bench
     from ..reference import make_reference
-    from ..sampling import DatasetSamples, PipelineSamples, processes
+    from ..sampling import DatasetSamples, processes
 
     if (options.dataset is None) == (options.reference is None):
         raise ValueError("give the real images as --dataset or as --reference, one of them")
@@ -101,19 +101,27 @@ def run(options: argparse.Namespace) -> None:
     if options.held_out_split and real:
         held_out = bench.see(DatasetSamples(real[options.held_out_split], labelled=bool(classes)), f"real-{options.held_out_split}")
         bench = replace(bench, held_out=held_out)
+    _report(options, generated, bench, training)
+
+
+def _report(options: argparse.Namespace, generated: Any, bench: Any, training: Any) -> None:
+    """Measure, and let one process write it down."""
+    from ..protocol import evaluate_images, evaluate_pipeline, table, write_results
+    from ..sampling import DatasetSamples, PipelineSamples
+
     about = {"measured": options.pipeline, "dataset": options.dataset, "split": options.split if options.dataset else None}
+    sweep = {"num_samples": options.num_samples, "guidance_scales": options.guidance_scales, "seeds": options.seeds}
     if isinstance(generated, DatasetSamples):
-        results = evaluate_images(generated, bench, about=about)
+        results, shown = evaluate_images(generated, bench, about=about), generated
     else:
-        results = evaluate_pipeline(generated, bench, num_samples=options.num_samples, guidance_scales=options.guidance_scales,
-                                    seeds=options.seeds, about=about)  # fmt: skip
-    if not state.is_main_process:
+        results = evaluate_pipeline(generated, bench, about=about, **sweep)
+        shown = PipelineSamples(generated, options.num_samples, seed=options.seeds[0], guidance_scale=results["guidance_scale"])
+    name = f"guidance-{shown.guidance_scale:g}-seed-{shown.seed}" if isinstance(shown, PipelineSamples) else "images"
+    seen = bench.see(shown, name)  # on every process: the shards are there, and all of them wait for each other
+    if not bench.state.is_main_process:
         return
     write_results(results, options.output / "results.json")
-    shown = generated if isinstance(generated, DatasetSamples) else PipelineSamples(
-        generated, options.num_samples, seed=options.seeds[0], guidance_scale=results["guidance_scale"]
-    )  # fmt: skip
-    _draw(options.output, results, bench, shown, training)
+    _draw(options.output, results, bench, (shown, seen), training)
     print(table(results))
     print(f"\n{options.output}: results.json, {', '.join(sorted(path.name for path in options.output.glob('*.png')))}")
 
@@ -188,15 +196,13 @@ def _judge(options: argparse.Namespace, real: Any, state: Any) -> Any:
         return kept_judge(real, options.output / f"judge-{real.dataset._fingerprint}.safetensors")
 
 
-def _draw(folder: Path, results: dict[str, Any], bench: Any, shown: Any, training: Any) -> None:
-    """The pictures; the shards that they need are there already."""
+def _draw(folder: Path, results: dict[str, Any], bench: Any, shown: tuple[Any, Any], training: Any) -> None:
     from ..sampling import PipelineSamples
     from ..sheets import class_grid, memorisation_sheet, sweep_plot
 
-    names = shown.pipeline.labels if isinstance(shown, PipelineSamples) else []
-    class_grid(shown, names).save(folder / "class_grid.png")
+    names = shown[0].pipeline.labels if isinstance(shown[0], PipelineSamples) else []
+    class_grid(shown[0], names).save(folder / "class_grid.png")
     if len(results["sweep"]) > 1:
         sweep_plot(results, folder / "guidance_sweep.png")
     if training is not None:
-        name = f"guidance-{shown.guidance_scale:g}-seed-{shown.seed}" if isinstance(shown, PipelineSamples) else "images"
-        memorisation_sheet((shown, bench.see(shown, name)), (training, bench.reference), bench.held_out).save(folder / "memorisation.png")
+        memorisation_sheet(shown, (training, bench.reference), bench.held_out).save(folder / "memorisation.png")
