@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Measure a pipeline (a folder or a Hub repository) or images (a folder, parquet files or a dataset of the Hub) against the real images of
+Measure a pipeline (a folder or a Hub repository) or images (a folder or parquet files) against the real images of
 a dataset. Writes results.json, a class grid, the nearest training images and, for several guidance scales, their curves. What was
 stopped goes on where it was; with torchrun or accelerate several processes share the work and give the same numbers.
 """
