@@ -47,7 +47,7 @@ def test_the_pipeline_knows_the_classes(run):
     pipe = DriftingPipeline.from_pretrained(run[1] / "pipeline")
     assert pipe(["sneaker", 8, "T-shirt/top"]).images[0].size == (28, 28)
     card = model_card(pipe, json.loads((run[1] / "pipeline/results.json").read_text()))
-    assert f"| accuracy | {run[0]['metrics']['accuracy']} |" in card
+    assert f"| accuracy | {run[0]['metrics']['accuracy']:.4g} | {run[0]['real']['accuracy']:.4g} |" in card
 
 
 def test_the_same_command_finds_the_finished_run(run):
