@@ -56,6 +56,5 @@ def test_the_example_runs(example, tmp_path, monkeypatch, capsys):
     assert rows["the training images themselves"]["memorisation_ratio"] == 0
     assert rows["two images averaged"]["energy"] > real["energy"]
     assert rows["labels mixed up"]["energy_per_class"] > real["energy_per_class"]
-    assert rows["one class missing"]["coverage_worst_class"] == 0
     assert rows["every image 10 times"]["coverage"] < real["coverage"]
     assert example.table(rows) in capsys.readouterr().out

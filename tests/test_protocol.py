@@ -226,7 +226,7 @@ def test_numbers_are_those_of_the_functions():
     assert found["energy_per_class"] == pytest.approx(sum(worst) / 3)
     assert "kid" not in found  # 200 samples are no subset of 1000
     assert {"inception_score", "precision", "recall", "density", "coverage", "coverage_worst_class", "spread", "accuracy",
-            "accuracy_worst_class", "memorisation_ratio", "memorisation_share"} <= found.keys()  # fmt: skip
+            "accuracy_worst_class", "class_share_worst", "memorisation_ratio", "memorisation_share"} <= found.keys()  # fmt: skip
 
 
 def test_a_missing_class_is_seen_by_the_figure_per_class():
@@ -236,6 +236,18 @@ def test_a_missing_class_is_seen_by_the_figure_per_class():
     whole = measure(apart, reference, extractor=Stub(), metrics=["coverage_worst_class"])
     missing = measure(apart.take(apart.labels != 1), reference, extractor=Stub(), metrics=["coverage_worst_class"])
     assert (whole["coverage_worst_class"], missing["coverage_worst_class"]) == (1.0, 0.0)
+
+
+def test_the_share_of_the_rarest_class_needs_no_features_and_no_labels():
+    judged = torch.eye(3)[torch.arange(300) % 3]
+    real = FeatureSet(torch.randn(300, 2, generator=torch.Generator().manual_seed(0)), judged=judged)
+    look = lambda samples: measure(samples, as_reference(real), extractor=Stub(), metrics=["class_share"], held_out=real)[
+        "class_share_worst"
+    ]
+    assert look(real) == 1.0
+    assert look(real.take(judged.argmax(1) != 1)) == 0.0
+    half = torch.cat([torch.arange(0, 300, 3), torch.arange(1, 150, 3), torch.arange(2, 300, 3)])
+    assert look(real.take(half)) == pytest.approx(50 / 250 * 3)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def lacking(name: str, generated: FeatureSet, reference: Reference, extractor: A
         "splits": -(-len(generated) // -(-len(generated) // 10)) == 10,
         "judged": generated.judged is not None,
         "held_out": held_out is not None,
+        "held_out_judged": held_out is not None and held_out.judged is not None,
         "many": len(generated) >= fewest and (reference.moments.count or fewest) >= fewest,  # a count of 0 is unknown
         "near": samples is not None and min(len(generated), len(samples)) > NEIGHBOURS,
         "near_in_class": samples is not None and _smallest_class(samples) > NEIGHBOURS,
@@ -154,6 +155,7 @@ def lacking(name: str, generated: FeatureSet, reference: Reference, extractor: A
         "splits": f"its 10 splits need a number of samples that divides into them, got {len(generated)}",
         "judged": "there is no classifier of these classes; train a judge",
         "held_out": "there are no held-out images",
+        "held_out_judged": "there are no held-out images with a classifier of their classes",
         "many": f"a Frechet distance in this extractor needs {fewest} samples on both sides, got {len(generated)} and {reference.moments.count}",
         "near": f"neighbourhoods need more than {NEIGHBOURS} samples, got {len(generated)} and {0 if samples is None else len(samples)}",
         "near_in_class": f"neighbourhoods need more than {NEIGHBOURS} reference samples of every class",
@@ -231,6 +233,17 @@ def _accuracy(generated: FeatureSet, *_: Any) -> dict[str, float]:
     return {"accuracy": overall, "accuracy_worst_class": min(classes.values())}
 
 
+def _class_share(generated: FeatureSet, _: Reference, held_out: FeatureSet | None, __: Extracted) -> dict[str, float]:
+    """No label of a sample is asked: a class that nobody draws is one that the judge hardly finds."""
+    assert generated.judged is not None
+    assert held_out is not None
+    assert held_out.judged is not None
+    classes = held_out.judged.shape[1]
+    share = lambda judged: judged.argmax(1).bincount(minlength=classes).double() / len(judged)
+    expected = share(held_out.judged)
+    return {"class_share_worst": float((share(generated.judged) / expected)[expected > 0].min())}
+
+
 def _memorised(generated: FeatureSet, reference: Reference, held_out: FeatureSet | None, _: Extracted) -> dict[str, float]:
     assert held_out is not None
     found = memorisation(generated.features, _samples(reference).features, held_out.features)
@@ -249,6 +262,8 @@ METRICS: dict[str, Metric] = {
     "spread": Metric(_spread, "as real", "mean distance of two samples of a class", frozenset({"labels"})),
     "accuracy": Metric(_accuracy, "higher", "share that a classifier puts into its class, and that of the worst class",
                        frozenset({"labels", "judged"})),
+    "class_share": Metric(_class_share, "as real", "the rarest class: its share of the samples over its share of held-out images, as a classifier "
+                          "sees them", frozenset({"judged", "held_out_judged"})),
     "memorisation": Metric(_memorised, "as real", "nearest training sample: median distance over that of held-out ones, and share nearer "
                            "than 5 % of those", frozenset({"samples", "held_out"})),
 }  # fmt: skip

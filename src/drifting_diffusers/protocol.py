@@ -28,7 +28,7 @@ from .sampling import PipelineSamples, Samples, extract, processes
 MEANINGS = {
     "kid": "kid", "inception_score": "inception_score", "precision": "precision", "recall": "precision", "density": "coverage", "coverage": "coverage",
     "coverage_worst_class": "coverage_worst_class", "energy": "energy", "energy_per_class": "energy_per_class", "energy_worst_class": "energy_per_class",
-    "spread": "spread", "accuracy": "accuracy", "accuracy_worst_class": "accuracy", "memorisation_ratio": "memorisation",
+    "spread": "spread", "accuracy": "accuracy", "accuracy_worst_class": "accuracy", "class_share_worst": "class_share", "memorisation_ratio": "memorisation",
     "memorisation_share": "memorisation",
 }  # fmt: skip
 """Which metric a number belongs to; what stands under another name is the Frechet distance of its extractor."""
