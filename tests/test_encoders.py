@@ -423,6 +423,7 @@ def test_layerwise_casting():
         assert (values - exact[name]).abs().max() <= 0.1 * exact[name].abs().max(), name
 
 
+@pytest.mark.slow
 def test_the_whole_pass_is_one_graph():
     """Labels and masks are looked at, but not while a graph is made of it. In a process without shape checks, which are no part of any graph."""
     code = (

@@ -385,6 +385,7 @@ def test_the_command(pipeline, tmp_path, capsys):
     assert json.loads((tmp_path / "out/results.json").read_text())["metrics"] == results["metrics"]
 
 
+@pytest.mark.slow
 def test_the_command_shared_by_two_processes(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipe")
     data = save_parquet(tmp_path / "data", train=dataset(), test=dataset(30, 5))
