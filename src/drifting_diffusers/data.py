@@ -1,8 +1,10 @@
 """From a `datasets.Dataset` to (image in [-1, 1], label), in an order that is a function of the seed and the position alone."""
 
+import hashlib
 import itertools
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,7 +80,66 @@ def label_names(dataset: Dataset, label_column: str) -> list[str] | None:
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-class LabelledImages:
+class RealSamples(ABC):
+    """Labelled samples that can be read by row: images, or latents of images.
+
+    Attributes:
+        labels: [rows], integers.
+        size: (height, width) of a sample.
+        channels: of a sample.
+    """
+
+    labels: np.ndarray
+    size: tuple[int, int]
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def gather(self, rows: Sequence[int]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
+        """The samples and labels of these rows, the same at every call."""
+
+    @abstractmethod
+    def varied(self, rows: Sequence[int], seeds: Sequence[Sequence[int]], *, flip: bool) -> Float[Tensor, "n c h w"]:
+        """The samples of these rows as training sees them: what chance decides of a sample is a function of its seed.
+
+        Args:
+            rows: positions, repeats allowed.
+            seeds: one per row, of non-negative integers.
+            flip: whether half of them are mirrored.
+        """
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Enough to tell one set of samples from another, as JSON: the labels in order, and the first and last sample."""
+        digest = lambda array: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+        ends = self.gather([0, len(self) - 1])[0]
+        return {"images": len(self), "labels": digest(self.labels), "first_and_last": digest(ends.numpy())}
+
+    def starters(self, n: int, *, seed: int) -> list[int]:
+        """The positions of n samples of every class (all where it has fewer), shuffled: what a bank starts with."""
+        order = np.random.default_rng((seed, len(self))).permutation(len(self))
+        seen: Counter[int] = Counter()
+        chosen = []
+        for i in order.tolist():
+            label = int(self.labels[i])
+            if seen[label] < n:
+                seen[label] += 1
+                chosen.append(i)
+        return chosen
+
+    def per_class(self, n: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
+        """The first n samples of every class, class by class; fewer where a class has fewer."""
+        chosen = [np.flatnonzero(self.labels == label)[:n] for label in np.unique(self.labels)]
+        return self.gather(np.concatenate(chosen).tolist())
+
+
+def coin(seed: Sequence[int]) -> bool:
+    """Heads or tails, a function of the seed."""
+    return bool(np.random.default_rng(tuple(seed)).random() < 0.5)
+
+
+class LabelledImages(RealSamples):
     """A checked view of a dataset: labelled images of one size.
 
     Args:
@@ -102,21 +163,25 @@ class LabelledImages:
         self.dataset, self.image_column, self.size, self.channels = dataset, image_column, size, channels
         self.gather([0])
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "c h w"], int]:
         return self._tensor(index, self._read([index])[0]), int(self.labels[index])
 
-    def gather(self, indices: list[int]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
-        """The images and labels at these positions."""
-        images = [self._tensor(row, image) for row, image in zip(indices, self._read(indices), strict=True)]
-        return torch.stack(images), torch.as_tensor(self.labels[indices], dtype=torch.long)
+    def gather(self, rows: Sequence[int]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
+        rows = list(rows)
+        images = [self._tensor(row, image) for row, image in zip(rows, self._read(rows), strict=True)]
+        return torch.stack(images), torch.as_tensor(self.labels[rows], dtype=torch.long)
 
-    def _read(self, rows: list[int]) -> list[Any]:
+    def varied(self, rows: Sequence[int], seeds: Sequence[Sequence[int]], *, flip: bool) -> Float[Tensor, "n c h w"]:
+        images, _ = self.gather(rows)
+        if not flip:
+            return images
+        mirrored = torch.tensor([coin(seed) for seed in seeds])[:, None, None, None]
+        return torch.where(mirrored, images.flip(3), images)
+
+    def _read(self, rows: Sequence[int]) -> list[Any]:
         """The entries of these rows, decoded; the first that cannot be is named."""
         try:
-            return list(self.dataset[rows][self.image_column])
+            return list(self.dataset[list(rows)][self.image_column])
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises for files it cannot read
             if len(rows) == 1:
                 raise ValueError(
@@ -132,23 +197,6 @@ class LabelledImages:
             return to_tensor(image, self.size, self.channels)
         except (OSError, ValueError) as error:
             raise ValueError(f"{where} cannot be read: {error}") from error
-
-    def starters(self, n: int, *, seed: int) -> list[int]:
-        """The positions of n images of every class (all where it has fewer), shuffled: what a bank starts with."""
-        order = np.random.default_rng((seed, len(self))).permutation(len(self))
-        seen: Counter[int] = Counter()
-        chosen = []
-        for i in order.tolist():
-            label = int(self.labels[i])
-            if seen[label] < n:
-                seen[label] += 1
-                chosen.append(i)
-        return chosen
-
-    def per_class(self, n: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
-        """The first n images of every class, class by class; fewer where a class has fewer."""
-        chosen = [np.flatnonzero(self.labels == label)[:n] for label in np.unique(self.labels)]
-        return self.gather(np.concatenate(chosen).tolist())
 
 
 class ShuffledOrder:

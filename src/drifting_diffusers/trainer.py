@@ -1,6 +1,5 @@
 """The trainer conducts: order, devices, checkpoints, logs, previews. Every formula lives elsewhere."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -84,7 +83,7 @@ class DriftingTrainer:
             raise ValueError(f"train_dataset and eval_dataset must have the same classes in the same order, got {names[0]} and {names[1]}")
         self.labels = names[0]
         objective.freeze(self.accelerator.device)
-        self.run = RunFolder(config, {"generator": _shape_of(generator), **objective.describe(), "data": _fingerprint(self.train_data)})
+        self.run = RunFolder(config, {"generator": _shape_of(generator), **objective.describe(), "data": self.train_data.fingerprint()})
         self.watcher = Watcher(self.run, self.eval_data, extractor=extractor, compute_metrics=compute_metrics)
         if config.gradient_checkpointing:
             generator.enable_gradient_checkpointing()
@@ -371,13 +370,6 @@ def _check_generator(generator: DriftingGenerator) -> None:
 
 def _shape_of(generator: DriftingGenerator) -> dict[str, Any]:
     return {name: value for name, value in generator.config.items() if not name.startswith("_")}
-
-
-def _fingerprint(data: LabelledImages) -> dict[str, Any]:
-    """Enough to tell one dataset from another: its labels in order, and its first and last image."""
-    ends = torch.stack([data[0][0], data[len(data) - 1][0]])
-    digest = lambda array: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
-    return {"images": len(data), "labels": digest(data.labels), "first_and_last": digest(ends.numpy())}
 
 
 def _scalars(outcome: dict[str, Any]) -> dict[str, float]:
