@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser
 
 from drifting_diffusers import DriftingConfig
-from drifting_diffusers.config import CHANGEABLE, RULES, learning_rate_at
+from drifting_diffusers.config import CHANGEABLE, EncoderConfig, learning_rate_at
+from drifting_diffusers.presets import ENCODER_PRESETS, PRESETS
 
 
 def test_recorded_learning_rates(shared):
@@ -67,7 +69,15 @@ def test_values_out_of_range_are_refused(name, value):
 
 @pytest.mark.usefixtures("as_users_see_it")
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_steps", 2.5), ("learning_rate", "1e-3"), ("random_flip", "false"), ("output_dir", Path("x"))]
+    ("name", "value"),
+    [
+        ("max_steps", 2.5),
+        ("learning_rate", "1e-3"),
+        ("random_flip", "false"),
+        ("output_dir", Path("x")),
+        ("report_to", "wandb"),
+        ("run_name", 3),
+    ],
 )
 def test_wrong_types_are_refused(name, value):
     with pytest.raises(TypeError, match=rf"^{name} must be .*got {type(value).__name__}"):
@@ -83,12 +93,44 @@ def test_values_that_do_not_go_together_are_refused(changes):
         DriftingConfig("unused", **changes)
 
 
-def test_every_number_has_a_rule_and_every_rule_a_field():
-    names = {f.name for f in dataclasses.fields(DriftingConfig)}
-    free = {"output_dir", "guidance_power", "random_flip", "cache_features", "gradient_checkpointing", "image_column", "label_column"}
-    free |= {"metric_for_best_model", "greater_is_better"}
-    assert set(RULES) == names - free
+@pytest.mark.parametrize("kind", [DriftingConfig, EncoderConfig])
+def test_every_number_has_a_rule_and_every_rule_a_field(kind):
+    hints = typing.get_type_hints(kind)
+    numbers = {
+        f.name for f in dataclasses.fields(kind) if hints[f.name] in (int, float) or typing.get_origin(hints[f.name]) is typing.Literal
+    }
+    free = {"guidance_power"}  # any number
+    assert set(kind.rules()) - {"more_ema_decays"} == numbers - free
+    names = {f.name for config in (DriftingConfig, EncoderConfig) for f in dataclasses.fields(config)}
     assert set(CHANGEABLE) <= names
+    assert {name for pair in kind.order() for name in pair[:2]} <= numbers
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(DriftingConfig, PRESETS), (EncoderConfig, ENCODER_PRESETS)])
+def test_every_preset_is_a_config_and_says_what_it_reached(kind, rows):
+    for name, row in rows.items():
+        config = kind.preset(name)
+        assert config.output_dir == f"runs/{name}"
+        assert row.reported, name
+        assert row.source, name
+        changed = config.changes_from(kind(config.output_dir)).splitlines()
+        default = kind("unused")
+        assert {line.split(":")[0] for line in changed} == {k for k, v in row.config.items() if v != getattr(default, k)}
+
+
+def test_a_preset_of_another_length_keeps_its_share_of_warm_up():
+    config = DriftingConfig.preset("ablation", steps=600, output_dir="here", seed=3)
+    assert (config.max_steps, config.warmup_steps, config.seed, config.output_dir) == (600, 100, 3, "here")
+    assert config.changes_from(DriftingConfig.preset("ablation", output_dir="here")).splitlines() == [
+        "max_steps: 30000 -> 600",
+        "seed: 0 -> 3",
+        "warmup_steps: 5000 -> 100",
+    ]
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"preset must be one of ablation, latent-b, .*, got 'sota'"):
+        DriftingConfig.preset("sota")
 
 
 def test_round_trip_and_differences(tmp_path):
