@@ -71,25 +71,17 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Extracted:
-    """What an extractor is to a metric: the name of its Frechet distance and the fewest samples for which that may be reported."""
-
-    distance_name: str
-    fewest: int
-
-
-@dataclass(frozen=True)
 class Metric:
     """One way of looking.
 
     Args:
-        compute: from generated samples, reference and held-out samples to numbers by name.
+        compute: from generated samples, reference, held-out samples and the extractor that saw them to numbers by name.
         better: where a number should go.
         meaning: in one line.
         needs: what there must be: "samples" of the reference, "labels", "logits", "judged", "held_out", "many" of both sides, or enough for a "subset".
     """
 
-    compute: Callable[[FeatureSet, Reference, FeatureSet | None, Extracted], dict[str, float]]
+    compute: Callable[[FeatureSet, Reference, FeatureSet | None, Any], dict[str, float]]
     better: Literal["lower", "higher", "as real"]
     meaning: str
     needs: frozenset[str] = frozenset()
@@ -123,7 +115,7 @@ def measure(
         missing = lacking(name, generated, reference, extractor, held_out)
         if missing:
             raise ValueError(f"{name} cannot be measured: {'; '.join(missing)}")
-        found |= METRICS[name].compute(generated, reference, held_out, Extracted(extractor.distance_name, extractor.fewest))
+        found |= METRICS[name].compute(generated, reference, held_out, extractor)
     return found
 
 
@@ -177,7 +169,7 @@ def _samples(reference: Reference) -> FeatureSet:
     return reference.samples
 
 
-def _frechet(generated: FeatureSet, reference: Reference, _: FeatureSet | None, extractor: Extracted) -> dict[str, float]:
+def _frechet(generated: FeatureSet, reference: Reference, _: FeatureSet | None, extractor: Any) -> dict[str, float]:
     return {extractor.distance_name: frechet_distance(moments_of(generated.features), reference.moments)}
 
 
@@ -233,7 +225,7 @@ def _accuracy(generated: FeatureSet, *_: Any) -> dict[str, float]:
     return {"accuracy": overall, "accuracy_worst_class": min(classes.values())}
 
 
-def _class_share(generated: FeatureSet, _: Reference, held_out: FeatureSet | None, __: Extracted) -> dict[str, float]:
+def _class_share(generated: FeatureSet, _: Reference, held_out: FeatureSet | None, __: Any) -> dict[str, float]:
     """No label of a sample is asked: a class that nobody draws is one that the judge hardly finds."""
     assert generated.judged is not None
     assert held_out is not None
@@ -244,7 +236,7 @@ def _class_share(generated: FeatureSet, _: Reference, held_out: FeatureSet | Non
     return {"class_share_worst": float((share(generated.judged) / expected)[expected > 0].min())}
 
 
-def _memorised(generated: FeatureSet, reference: Reference, held_out: FeatureSet | None, _: Extracted) -> dict[str, float]:
+def _memorised(generated: FeatureSet, reference: Reference, held_out: FeatureSet | None, _: Any) -> dict[str, float]:
     assert held_out is not None
     found = memorisation(generated.features, _samples(reference).features, held_out.features)
     return {"memorisation_ratio": found["ratio"], "memorisation_share": found["share_closer"]}
