@@ -20,7 +20,7 @@ from drifting_diffusers.data import LabelledImages
 from drifting_diffusers.evaluation import energy_distance, frechet_distance
 from drifting_diffusers.extractors import load_extractor
 from drifting_diffusers.hub import model_card
-from drifting_diffusers.meters import METRICS, FeatureSet, Reference, limited, measure, moments_of, possible
+from drifting_diffusers.meters import METRIC_OF, METRICS, FeatureSet, Reference, limited, measure, moments_of, possible
 from drifting_diffusers.protocol import Bench, evaluate_images, evaluate_pipeline, table, write_results
 from drifting_diffusers.reference import make_reference, read_npz, read_reference, write_reference
 from drifting_diffusers.sampling import SHARD, DatasetSamples, PipelineSamples, extract
@@ -437,3 +437,11 @@ def test_every_metric_has_a_meaning():
     for name, metric in METRICS.items():
         assert metric.meaning
         assert metric.better in ("lower", "higher", "as real"), name
+
+
+def test_a_metric_gives_the_numbers_that_it_says():
+    x, y, h = (features(n=1000, seed=seed) for seed in (0, 2, 4))
+    for name, metric in METRICS.items():
+        found = measure(x, as_reference(y), extractor=Stub(), metrics=[name], held_out=h)
+        assert tuple(found) == (metric.gives or ("fd_stub",)), name
+        assert {METRIC_OF.get(number, "frechet") for number in found} == {name}

@@ -76,12 +76,14 @@ class Metric:
 
     Args:
         compute: from generated samples, reference, held-out samples and the extractor that saw them to numbers by name.
-        better: where a number should go.
+        gives: the names of those numbers, the first one first; empty for the Frechet distance, which its extractor names.
+        better: where they should go.
         meaning: in one line.
         needs: what there must be: "samples" of the reference, "labels", "logits", "judged", "held_out", "many" of both sides, or enough for a "subset".
     """
 
     compute: Callable[[FeatureSet, Reference, FeatureSet | None, Any], dict[str, float]]
+    gives: tuple[str, ...]
     better: Literal["lower", "higher", "as real"]
     meaning: str
     needs: frozenset[str] = frozenset()
@@ -243,22 +245,28 @@ def _memorised(generated: FeatureSet, reference: Reference, held_out: FeatureSet
 
 
 METRICS: dict[str, Metric] = {
-    "frechet": Metric(_frechet, "lower", "Frechet distance of Gaussian fits of the features", frozenset({"many"})),
-    "kid": Metric(_kernel, "lower", "squared kernel distance of the features, cubic kernel", frozenset({"samples", "subset"})),
-    "inception_score": Metric(_inception, "higher", "how sure and how varied a classifier is", frozenset({"logits", "splits"})),
-    "precision": Metric(_precision, "higher", "share of samples near real ones, and of real ones near samples", frozenset({"samples", "near"})),
-    "coverage": Metric(_coverage, "higher", "real samples near a sample, and share of real neighbourhoods reached", frozenset({"samples", "near"})),
-    "coverage_worst_class": Metric(_worst_coverage, "higher", "coverage of the class that is covered least", frozenset({"samples", "near", "near_in_class"})),
-    "energy": Metric(_energy, "lower", "energy distance of the features", frozenset({"samples"})),
-    "energy_per_class": Metric(_class_energy, "lower", "energy distance within each class: mean, and worst", frozenset({"samples", "labels"})),
-    "spread": Metric(_spread, "as real", "mean distance of two samples of a class", frozenset({"labels"})),
-    "accuracy": Metric(_accuracy, "higher", "share that a classifier puts into its class, and that of the worst class",
-                       frozenset({"labels", "judged"})),
-    "class_share": Metric(_class_share, "as real", "the rarest class: its share of the samples over its share of held-out images, as a classifier "
-                          "sees them", frozenset({"judged", "held_out_judged"})),
-    "memorisation": Metric(_memorised, "as real", "nearest training sample: median distance over that of held-out ones, and share nearer "
-                           "than 5 % of those", frozenset({"samples", "held_out"})),
+    "frechet": Metric(_frechet, (), "lower", "Frechet distance of Gaussian fits of the features", frozenset({"many"})),
+    "kid": Metric(_kernel, ("kid",), "lower", "squared kernel distance of the features, cubic kernel", frozenset({"samples", "subset"})),
+    "inception_score": Metric(_inception, ("inception_score",), "higher", "how sure and how varied a classifier is", frozenset({"logits", "splits"})),
+    "precision": Metric(_precision, ("precision", "recall"), "higher", "share of samples near real ones, and of real ones near samples",
+                        frozenset({"samples", "near"})),
+    "coverage": Metric(_coverage, ("density", "coverage"), "higher", "real samples near a sample, and share of real neighbourhoods reached",
+                       frozenset({"samples", "near"})),
+    "coverage_worst_class": Metric(_worst_coverage, ("coverage_worst_class",), "higher", "coverage of the class that is covered least",
+                                   frozenset({"samples", "near", "near_in_class"})),
+    "energy": Metric(_energy, ("energy",), "lower", "energy distance of the features", frozenset({"samples"})),
+    "energy_per_class": Metric(_class_energy, ("energy_per_class", "energy_worst_class"), "lower",
+                               "energy distance within each class: mean, and worst", frozenset({"samples", "labels"})),
+    "spread": Metric(_spread, ("spread",), "as real", "mean distance of two samples of a class", frozenset({"labels"})),
+    "accuracy": Metric(_accuracy, ("accuracy", "accuracy_worst_class"), "higher",
+                       "share that a classifier puts into its class, and that of the worst class", frozenset({"labels", "judged"})),
+    "class_share": Metric(_class_share, ("class_share_worst",), "as real", "the rarest class: its share of the samples over its share of held-out "
+                          "images, as a classifier sees them", frozenset({"judged", "held_out_judged"})),
+    "memorisation": Metric(_memorised, ("memorisation_ratio", "memorisation_share"), "as real", "nearest training sample: median distance over that "
+                           "of held-out ones, and share nearer than 5 % of those", frozenset({"samples", "held_out"})),
 }  # fmt: skip
+METRIC_OF = {number: name for name, metric in METRICS.items() for number in metric.gives}
+"""Which metric a number belongs to; what stands under another name is the Frechet distance of its extractor."""
 
 
 def limited(n: int, most: int, *, seed: int = 0) -> Int[Tensor, " m"]:

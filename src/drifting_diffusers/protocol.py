@@ -22,16 +22,8 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
-from .meters import METRICS, FeatureSet, Reference, measure, possible
+from .meters import METRIC_OF, METRICS, FeatureSet, Reference, measure, possible
 from .sampling import PipelineSamples, Samples, extract, processes
-
-MEANINGS = {
-    "kid": "kid", "inception_score": "inception_score", "precision": "precision", "recall": "precision", "density": "coverage", "coverage": "coverage",
-    "coverage_worst_class": "coverage_worst_class", "energy": "energy", "energy_per_class": "energy_per_class", "energy_worst_class": "energy_per_class",
-    "spread": "spread", "accuracy": "accuracy", "accuracy_worst_class": "accuracy", "class_share_worst": "class_share", "memorisation_ratio": "memorisation",
-    "memorisation_share": "memorisation",
-}  # fmt: skip
-"""Which metric a number belongs to; what stands under another name is the Frechet distance of its extractor."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +152,7 @@ def summarise(rows: list[dict[str, Any]], bench: Bench, about: dict[str, Any]) -
     name = name if name in first else next(iter(first))
     best = min(rows, key=lambda row: row["metrics"][name]["mean"] * (-1 if higher else 1))
     real = bench.look(bench.held_out) if bench.held_out is not None else None
-    kinds = {number: METRICS[MEANINGS.get(number, "frechet")] for number in first}
+    kinds = {number: METRICS[METRIC_OF.get(number, "frechet")] for number in first}
     return {
         "metrics": {number: found["mean"] for number, found in best["metrics"].items()},
         "sd": {number: found["sd"] for number, found in best["metrics"].items()},
