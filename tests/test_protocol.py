@@ -21,7 +21,7 @@ from drifting_diffusers.evaluation import energy_distance, frechet_distance
 from drifting_diffusers.extractors import load_extractor
 from drifting_diffusers.hub import model_card
 from drifting_diffusers.meters import METRIC_OF, METRICS, FeatureSet, Reference, limited, measure, moments_of, possible
-from drifting_diffusers.protocol import Bench, evaluate_images, evaluate_pipeline, table, write_results
+from drifting_diffusers.protocol import Bench, evaluate_images, evaluate_pipeline, over_seeds, summarise, table, write_results
 from drifting_diffusers.reference import make_reference, read_npz, read_reference, write_reference
 from drifting_diffusers.sampling import SHARD, DatasetSamples, PipelineSamples, extract
 from drifting_diffusers.sheets import class_grid, memorisation_sheet, sweep_plot
@@ -324,6 +324,31 @@ def test_one_seed_has_no_deviation(pipeline, bench):
     assert set(results["sd"].values()) == {None}
     with pytest.raises(ValueError, match=r"seeds must be different and at least one, got \[0, 0\]"):
         evaluate_pipeline(pipeline, bench, num_samples=30, seeds=(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "fewest", "leading"),
+    [
+        ((), 10, "fd_stub"),
+        ((), 1000, "inception_score"),  # too few samples for a Frechet distance: a score is to be high
+        (("precision",), 10, "precision"),
+        (("spread", "coverage"), 10, "density"),
+        (("energy_per_class", "accuracy"), 10, "energy_per_class"),
+        (("spread",), 10, "spread"),
+    ],
+)
+def test_the_best_scale_is_best_in_the_direction_of_the_number_that_leads(metrics, fewest, leading):
+    extractor = Stub()
+    extractor.fewest, extractor.describe = fewest, dict
+    bench = Bench(as_reference(features(seed=1)), extractor, metrics)
+    measured = [bench.look(features(seed=seed, shift=seed / 4)) for seed in (2, 4, 6)]
+    values = [numbers[leading] for numbers in measured]
+    assert len(set(values)) == 3
+    rows = [{"guidance_scale": scale, "metrics": over_seeds([numbers])} for scale, numbers in enumerate(measured)]
+    results = summarise(rows, bench, {})
+    best = max(values) if results["better"][leading] == "higher" else min(values)
+    assert bench.leading(measured[0]) == leading
+    assert results["metrics"][leading] == best
 
 
 def test_images_are_measured_like_samples(bench):

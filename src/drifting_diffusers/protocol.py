@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -74,11 +74,14 @@ class Bench:
         chosen = self.metrics or tuple(possible(seen, self.reference, self.extractor, self.held_out))
         return measure(seen, self.reference, extractor=self.extractor, metrics=chosen, held_out=self.held_out)
 
-    @property
-    def key(self) -> str:
-        """The number that says which guidance scale is best: the Frechet distance, else the first one that was asked for that has a direction."""
-        wanted = self.metrics or tuple(METRICS)
-        return next((name for name in wanted if METRICS[name].better != "as real"), wanted[0])
+    def leading(self, found: Mapping[str, Any]) -> str:
+        """Which of these numbers says which guidance scale is best: that of the first metric asked for that has a direction, else the first there is.
+
+        Of all metrics the first is the Frechet distance, which small evaluations lack. Of a metric that gives several numbers it is the first.
+        """
+        wanted = [METRICS[name] for name in self.metrics or METRICS]
+        numbers = [next(iter(metric.gives), self.extractor.distance_name) for metric in wanted if metric.better != "as real"]
+        return next((number for number in numbers if number in found), next(iter(found)))
 
 
 def evaluate_pipeline(
@@ -146,13 +149,11 @@ def summarise(rows: list[dict[str, Any]], bench: Bench, about: dict[str, Any]) -
         `metrics`, `sd`: the numbers of the best guidance scale, and their deviation over seeds; `guidance_scale`: that scale; `sweep`: all scales;
         `real`: the numbers of held-out real images; `meaning`, `better`: of every number; and how it was made.
     """
-    name = bench.extractor.distance_name if bench.key == "frechet" else bench.key
-    higher = METRICS[bench.key].better == "higher"
-    first = rows[0]["metrics"]
-    name = name if name in first else next(iter(first))
-    best = min(rows, key=lambda row: row["metrics"][name]["mean"] * (-1 if higher else 1))
+    kinds = {number: METRICS[METRIC_OF.get(number, "frechet")] for number in rows[0]["metrics"]}
+    leading = bench.leading(kinds)
+    sign = -1 if kinds[leading].better == "higher" else 1
+    best = min(rows, key=lambda row: sign * row["metrics"][leading]["mean"])
     real = bench.look(bench.held_out) if bench.held_out is not None else None
-    kinds = {number: METRICS[METRIC_OF.get(number, "frechet")] for number in first}
     return {
         "metrics": {number: found["mean"] for number, found in best["metrics"].items()},
         "sd": {number: found["sd"] for number, found in best["metrics"].items()},
