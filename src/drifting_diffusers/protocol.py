@@ -22,7 +22,7 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
-from .meters import METRIC_OF, METRICS, FeatureSet, Reference, measure, possible
+from .meters import METRIC_OF, METRICS, FeatureSet, Reference, measure
 from .sampling import PipelineSamples, Samples, extract, processes
 
 
@@ -51,10 +51,9 @@ class Bench:
     batch_size: int = 100
     state: PartialState = field(default_factory=processes)
 
-    def measure(self, samples: Samples, name: str) -> tuple[dict[str, float], FeatureSet]:
-        """The numbers of these samples, and what they were taken of; shards lie in a folder of this name."""
-        seen = self.see(samples, name)
-        return self.look(seen), seen
+    def measure(self, samples: Samples, name: str) -> dict[str, float]:
+        """The numbers of these samples; shards of their features lie in a folder of this name."""
+        return self.look(self.see(samples, name))
 
     def see(self, samples: Samples, name: str) -> FeatureSet:
         """The features of these samples."""
@@ -71,8 +70,7 @@ class Bench:
 
     def look(self, seen: FeatureSet) -> dict[str, float]:
         """The numbers of samples whose features are there already."""
-        chosen = self.metrics or tuple(possible(seen, self.reference, self.extractor, self.held_out))
-        return measure(seen, self.reference, extractor=self.extractor, metrics=chosen, held_out=self.held_out)
+        return measure(seen, self.reference, extractor=self.extractor, metrics=self.metrics or None, held_out=self.held_out)
 
     def leading(self, found: Mapping[str, Any]) -> str:
         """Which of these numbers says which guidance scale is best: that of the first metric asked for that has a direction, else the first there is.
@@ -115,7 +113,7 @@ def evaluate_pipeline(
         values = []
         for seed in seeds:
             samples = PipelineSamples(pipeline, num_samples, seed=seed, guidance_scale=scale)
-            values.append(bench.measure(samples, f"guidance-{scale:g}-seed-{seed}")[0])
+            values.append(bench.measure(samples, f"guidance-{scale:g}-seed-{seed}"))
         rows.append({"guidance_scale": scale, "metrics": over_seeds(values)})
     timing = {"seconds": round(time.monotonic() - started, 1), "images": num_samples * len(scales) * len(seeds)}
     own = {"num_samples": num_samples, "seeds": list(seeds), "labels": "sample i is of class i mod the number of classes", "timing": timing}
@@ -125,7 +123,7 @@ def evaluate_pipeline(
 def evaluate_images(samples: Samples, bench: Bench, *, about: dict[str, Any] | None = None) -> dict[str, Any]:
     """Measure images that are there already."""
     started = time.monotonic()
-    rows = [{"guidance_scale": None, "metrics": over_seeds([bench.measure(samples, "images")[0]])}]
+    rows = [{"guidance_scale": None, "metrics": over_seeds([bench.measure(samples, "images")])}]
     timing = {"seconds": round(time.monotonic() - started, 1), "images": len(samples)}
     return summarise(rows, bench, {"num_samples": len(samples), "seeds": [], "timing": timing} | (about or {}))
 
