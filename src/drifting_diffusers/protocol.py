@@ -22,6 +22,7 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
+from .files import write_text
 from .meters import METRIC_OF, METRICS, FeatureSet, Reference, measure
 from .sampling import PipelineSamples, Samples, extract, processes
 
@@ -199,10 +200,7 @@ def write_results(results: dict[str, Any], file: Path) -> None:
     bad = [name for name, value in results["metrics"].items() if not math.isfinite(value)]
     if bad:
         raise ValueError(f"{bad} are not finite: the samples are degenerate in this extractor; look at them first")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".partial")
-    part.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(file)
+    write_text(file, json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 def table(results: dict[str, Any]) -> str:

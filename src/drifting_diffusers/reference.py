@@ -17,10 +17,10 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import cached_assets_path
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .evaluation import Moments
+from .files import write_tensors
 from .meters import FeatureSet, Reference, limited, moments_of
 from .sampling import Samples, extract, processes
 
@@ -75,17 +75,16 @@ def make_reference(
 
 def write_reference(reference: Reference, file: str | os.PathLike) -> None:
     """Keep a reference as safetensors with its description."""
-    file, moments, samples = Path(file), reference.moments, reference.samples
+    moments, samples = reference.moments, reference.samples
     tensors = {"mean": moments.mean, "covariance": moments.covariance, "count": torch.tensor(moments.count)}
     if samples is not None:
         parts = {"features": samples.features, "labels": samples.labels, "logits": samples.logits, "chosen": reference.chosen}
         tensors |= {name: part for name, part in parts.items() if part is not None}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".partial")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, {"description": json.dumps(reference.description)}
+    write_tensors(
+        Path(file),
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        {"description": json.dumps(reference.description)},
     )
-    part.replace(file)
 
 
 def read_reference(file: str | os.PathLike, expected: Mapping[str, Any] | None = None) -> Reference:

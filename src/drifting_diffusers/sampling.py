@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import LabelledImages
 from .extractors import digest
+from .files import write_tensors, write_text
 from .meters import FeatureSet
 from .pipeline import DriftingPipeline
 from .shapes import Float, Int
@@ -187,9 +188,8 @@ def _made(look: Callable[[range], dict[str, Tensor]], indices: range, folder: st
     if file.exists():
         bar.update(len(indices))
         return load_file(file)
-    found, part = look(indices), file.with_suffix(".partial")
-    save_file(found, part)
-    part.replace(file)  # whole or not at all
+    found = look(indices)
+    write_tensors(file, found)
     return found
 
 
@@ -203,8 +203,7 @@ def _claim(folder: Path, contract: dict[str, Any]) -> None:
             differences = {key: (contract[key], there.get(key)) for key in contract if contract[key] != there.get(key)}
             raise ValueError(f"{folder} holds features of something else, here and there: {differences}; choose another folder")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(contract, indent=2), encoding="utf-8")
+    write_text(file, json.dumps(contract, indent=2))
 
 
 def _shard(
