@@ -86,13 +86,22 @@ def test_t21_scale_one_is_never_nan(coupling, place, floor):
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS.values(), ids=COUPLINGS.keys())
-def test_t21_weights_before_make_scale_one_equal_to_no_negatives(coupling):
+@pytest.mark.parametrize("choice", [{"weights": "before"}, {"weightless": "absent"}, {"weightless": "absent", "affinity_floor": 0.0}])
+def test_t21_where_massless_targets_are_absent_scale_one_is_no_negatives(coupling, choice):
     x, positives, negatives = clouds()
-    field = DriftingField(weights="before", coupling=coupling)
+    field = DriftingField(coupling=coupling, **choice)
     without, _ = drift_loss(x, positives, field=field)
     massless, drift = drift_loss(x, positives, negatives, negative_weights=torch.zeros(2, 6, dtype=torch.float64), field=field)
     assert_close(massless, without, rtol=1e-11, atol=0)
     assert torch.isfinite(drift.velocity).all()
+
+
+def test_t21_absence_is_of_massless_targets_alone():
+    """Among targets with mass, weights after the softmaxes mean the same as in the release."""
+    x, positives, negatives = clouds()
+    masses = torch.rand(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    look = lambda field: drift_loss(x, positives, negatives, negative_weights=masses, field=field)[1].velocity
+    assert_close(look(DriftingField(weightless="absent")), look(DriftingField()), rtol=1e-12, atol=0)
 
 
 def test_t21_weights_after_let_massless_negatives_into_the_softmaxes():

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from drifting_diffusers import DriftingField, DriftingObjective, Pixels, drift_loss
 from drifting_diffusers.fields import batch_mean
+from drifting_diffusers.losses import NonFinite
 
 
 def images(labels, n, seed):
@@ -71,6 +72,39 @@ def test_gradient_reaches_the_generated_images_alone():
     assert n.grad is None
 
 
+def test_two_passes_over_pieces_of_the_labels_give_the_gradient_of_one():
+    """Through a feature map that is not linear; the scales of the labels differ, so each piece alone would have other means."""
+    sizes = torch.tensor([0.3, 1.0, 3.0])[:, None, None, None, None]
+    x, y, n = (images(3, count, seed) * sizes for count, seed in ((4, 0), (5, 1), (3, 2)))
+    objective = DriftingObjective([lambda z: {"cubes": (z**3 + z).flatten(2)}, Pixels()])
+    masses = torch.tensor([0.0, 1.0, 2.0])
+    whole = x.clone().requires_grad_()
+    loss, measured = objective(whole, y, n, masses)
+    loss.backward()
+
+    features = [objective.problems(piece) for piece in (x[:1], x[1:])]
+    found = {name: torch.cat([piece[name] for piece in features]) for name in features[0]}
+    slopes, value, again = objective.slopes(found, objective.problems(y), objective.problems(n), masses)
+    assert_close(value, loss.detach())
+    assert_close(again["cubes"].strength, measured["cubes"].strength)
+    pieces = []
+    for first, count in ((0, 1), (1, 2)):
+        piece = x[first : first + count].clone().requires_grad_()
+        features = objective.problems(piece)
+        at = {name: slope.unflatten(0, (3, -1))[first : first + count].flatten(0, 1) for name, slope in slopes.items()}
+        torch.autograd.backward(list(features.values()), [at[name] for name in features])
+        pieces.append(piece.grad)
+    assert_close(torch.cat(pieces), whole.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_a_feature_that_is_not_finite_is_named():
+    broken = lambda z: {"pole": 1 / z.flatten(1)[:, None, :2], "pixels": z.flatten(1)[:, None]}
+    x = images(2, 4, 0)
+    x[0, 0, 0, 0, 0] = 0
+    with pytest.raises(NonFinite, match=r"feature 'pole': generated holds 1 NaN or infinite values of 16"):
+        DriftingObjective(broken)(x, images(2, 5, 1))
+
+
 def test_half_precision_images_are_compared_in_float32():
     x, y = images(2, 4, 0), images(2, 5, 1)
     loss, measured = DriftingObjective(Pixels())(x.bfloat16(), y.bfloat16())
@@ -85,7 +119,7 @@ def test_field_and_mean_are_passed_on():
     objective = DriftingObjective(Pixels(), DriftingField(temperatures=(0.1, 0.3)))
     _, measured = objective(x, y, mean=mean)
     assert measured["pixels"].strength.shape == (2,)
-    assert len(calls) == 3  # the mean distance and a strength per temperature
+    assert len(calls) == 2  # the mean distance, and the strengths of all temperatures in one message
 
 
 def test_constant_features_are_found_and_left_out():

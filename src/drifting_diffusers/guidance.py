@@ -51,6 +51,6 @@ def draw_guidance(
 def unconditional_weight(guidance_scale: Float[Tensor, "*b"], num_generated: int, num_unconditional: int) -> Float[Tensor, "*b"]:
     """The mass of each unconditional negative, (alpha - 1)(n_generated - 1) / n_unconditional (A.7).
 
-    At scale 1 it is 0. In the released field a target of mass 0 still takes part in both softmaxes; `DriftingField(weights="before")` leaves it out.
+    At scale 1 it is 0. In the released field a target of mass 0 still takes part in both softmaxes; `DriftingField(weightless="absent")` leaves it out.
     """
     return (guidance_scale - 1) * (num_generated - 1) / max(1, num_unconditional)

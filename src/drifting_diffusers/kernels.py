@@ -5,6 +5,8 @@ Each kernel gives four functions of the distance r and the temperature tau, all 
 (arXiv 2604.06333).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -74,3 +76,17 @@ class Gaussian:
 def in_float(x: Tensor) -> Tensor:
     """X in float32, or in float64 if it is that already: in 16 bits distances underflow at temperature 0.02."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever is allowed elsewhere: TF32 has 10 bits, and distances are differences of large numbers."""
+    allowed = torch.get_float32_matmul_precision()
+    if allowed == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)

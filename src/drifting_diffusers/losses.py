@@ -11,6 +11,10 @@ from .fields import Drift, DriftingField, Field, Mean, batch_mean
 from .shapes import Float
 
 
+class NonFinite(ValueError):
+    """A loss, a gradient or what they were made of is NaN or infinite. A trainer may skip the step."""
+
+
 def drift_loss(
     generated: Float[Tensor, "b n d"],
     positives: Float[Tensor, "b p d"],
@@ -38,7 +42,8 @@ def drift_loss(
         mean: how means over the whole step are taken; several processes need one that sums over them.
 
     Raises:
-        ValueError: shapes that do not fit, an empty class, negative or all-zero masses, or values that are not finite.
+        ValueError: shapes that do not fit, an empty class, or negative masses.
+        NonFinite: values that are not finite, or all masses 0.
     """
     weights = {"generated_weights": generated_weights, "positive_weights": positive_weights, "negative_weights": negative_weights}
     _check_shapes(generated, positives, negatives, weights)
@@ -54,7 +59,7 @@ def drift_loss(
         mean=mean,
     )
     if not torch.isfinite(drift.distance).all():  # one number that every sample and weight has entered: a cheap test of all of them
-        raise ValueError(_blame(drift.distance, {"generated": generated, "positives": positives, "negatives": negatives}, weights))
+        raise NonFinite(_blame(drift.distance, {"generated": generated, "positives": positives, "negatives": negatives}, weights))
     # x - sg(x) is exactly 0 and carries the gradient; x - sg(x + V) would cancel digits of V when x lies far from the origin.
     moved = generated - x
     unit = drift.unit if drift.unit.ndim == 0 else drift.unit[:, None, None]

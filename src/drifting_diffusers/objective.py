@@ -2,7 +2,7 @@ r"""The training objective: images -> features -> field -> loss. One drift loss 
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .features import FeatureMap
 from .fields import DriftingField, Field, Mean, batch_mean
-from .losses import drift_loss
+from .losses import NonFinite, drift_loss
 from .shapes import Float
 
 
@@ -106,26 +106,64 @@ class DriftingObjective:
             negative_weights: the mass of each label's negatives; see `unconditional_weight`.
             mean: how means over the whole step are taken.
         """
-        moved = self._by_label(generated)
         with torch.no_grad():
-            attracting = self._by_label(positives)
-            repelling = {} if negatives is None else self._by_label(negatives)
-        total, measured = generated.new_zeros((), dtype=torch.float32), {}
-        for name, values in moved.items():
-            locations, others = values.shape[0] // len(generated), repelling.get(name)
-            weights = None
+            attracting = self.problems(positives)
+            repelling = {} if negatives is None else self.problems(negatives)
+        return self.compare(self.problems(generated), attracting, repelling, negative_weights, mean=mean)
+
+    def problems(self, samples: Tensor) -> dict[str, Float[Tensor, "b n d"]]:
+        """Features of images [l, n, c, h, w], or packed features [l, n, f], by name: one problem per (label, location), labels first."""
+        found = self._unpack(samples.flatten(0, 1)) if samples.ndim == 3 else self.features(samples.flatten(0, 1))
+        return {name: values.unflatten(0, samples.shape[:2]).transpose(1, 2).flatten(0, 1) for name, values in found.items()}
+
+    def compare(
+        self,
+        generated: Mapping[str, Float[Tensor, "b n d"]],
+        positives: Mapping[str, Float[Tensor, "b p d"]],
+        negatives: Mapping[str, Float[Tensor, "b m d"]],
+        negative_weights: Float[Tensor, " l"] | None = None,
+        *,
+        mean: Mean = batch_mean,
+    ) -> tuple[Float[Tensor, ""], dict[str, Measured]]:
+        """`__call__` on features that are there already, as `problems` makes them; no negatives are an empty mapping.
+
+        Raises:
+            NonFinite: with the name of the first feature that holds NaN or infinite values.
+        """
+        total, measured = torch.zeros((), device=next(iter(generated.values())).device), {}
+        for name, values in generated.items():
+            others, weights = negatives.get(name), None
             if others is not None and negative_weights is not None:
-                weights = negative_weights.float().repeat_interleave(locations)[:, None].expand(others.shape[:2])
-            loss, drift = drift_loss(values, attracting[name], others, negative_weights=weights, field=self.field, mean=mean)
+                each = len(values) // len(negative_weights)  # locations
+                weights = negative_weights.float().repeat_interleave(each)[:, None].expand(others.shape[:2])
+            try:
+                loss, drift = drift_loss(values, positives[name], others, negative_weights=weights, field=self.field, mean=mean)
+            except NonFinite as error:
+                raise NonFinite(f"feature {name!r}: {error}") from error
             loss = loss.mean()
             total = total + loss
             measured[name] = Measured(loss.detach(), drift.distance, drift.strength)
         return total, measured
 
-    def _by_label(self, samples: Tensor) -> dict[str, Float[Tensor, "b n d"]]:
-        """Features of images [l, n, c, h, w] or packed features [l, n, f], with one problem per (label, location): [l t, n, d]."""
-        found = self._unpack(samples.flatten(0, 1)) if samples.ndim == 3 else self.features(samples.flatten(0, 1))
-        return {name: values.unflatten(0, samples.shape[:2]).transpose(1, 2).flatten(0, 1) for name, values in found.items()}
+    def slopes(
+        self,
+        generated: Mapping[str, Float[Tensor, "b n d"]],
+        positives: Mapping[str, Float[Tensor, "b p d"]],
+        negatives: Mapping[str, Float[Tensor, "b m d"]],
+        negative_weights: Float[Tensor, " l"] | None = None,
+        *,
+        mean: Mean = batch_mean,
+    ) -> tuple[dict[str, Float[Tensor, "b n d"]], Float[Tensor, ""], dict[str, Measured]]:
+        """The gradient of `compare` in the generated features, its value, and what each feature measured.
+
+        With these slopes g fixed, the gradient of sum(g * features) is that of the loss. So a step whose activations do not fit into memory is taken in
+        two passes: features of all labels without a graph, then pieces of the labels one by one, each against its slopes.
+        """
+        with torch.enable_grad():
+            leaves = {name: values.detach().requires_grad_() for name, values in generated.items()}
+            loss, measured = self.compare(leaves, positives, negatives, negative_weights, mean=mean)
+            found = torch.autograd.grad(loss, list(leaves.values()))
+        return dict(zip(leaves, found, strict=True)), loss.detach(), measured
 
     def _unpack(self, vectors: Float[Tensor, "n f"]) -> dict[str, Float[Tensor, "n l d"]]:
         sizes = [locations * channels for locations, channels in self._packed.values()]

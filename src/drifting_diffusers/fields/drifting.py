@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..couplings import Coupling, two_sided_softmax
-from ..kernels import LEAST_DISTANCE, Kernel, Laplace, in_float, pairwise_distance
+from ..kernels import LEAST_DISTANCE, Kernel, Laplace, exact_products, in_float, pairwise_distance
 from ..shapes import Float
 from .protocol import Drift, Mean, batch_mean
 
@@ -43,6 +43,8 @@ class DriftingField:
             and for samples more than 100 mean distances away from all others.
         weights: whether masses multiply the affinities after both softmaxes (release; a target of mass 0 still takes part in them) or
             enter the softmax over targets before it (a target of mass 0 is absent).
+        weightless: whether a target of mass 0 takes part in the softmaxes (release) or is absent. Unconditional negatives at guidance scale 1 are
+            such targets. It says nothing where masses enter before.
         grouping: whether s and the rms are means over the whole step (release) or over each problem (some ports).
         normalise_distance: whether distances are divided by their mean s.
         normalise_force: whether the force of each temperature is divided by its rms.
@@ -54,6 +56,7 @@ class DriftingField:
     affinity_floor: float = 1e-3
     self_mask: float = 100.0
     weights: Literal["after", "before"] = "after"
+    weightless: Literal["present", "absent"] = "present"
     grouping: Literal["batch", "problem"] = "batch"
     normalise_distance: bool = True
     normalise_force: bool = True
@@ -76,7 +79,8 @@ class DriftingField:
                     f"{name} must be finite and above 0, got {getattr(self, name)!r}: a collapsed batch is divided by it; the release has "
                     f"{type(self).__dataclass_fields__[name].default:g}"
                 )
-        for name, allowed in (("weights", ("after", "before")), ("grouping", ("batch", "problem"))):
+        choices = {"weights": ("after", "before"), "weightless": ("present", "absent"), "grouping": ("batch", "problem")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
@@ -100,7 +104,7 @@ class DriftingField:
         own = (x.shape[-2] if negatives is x else 0) if own is None else own
         _check_shapes(x, positives, negatives, positive_weights, negative_weights, own)
         one: Any = lambda t: t[None] if t is not None and x.ndim == 2 else t
-        with torch.autocast(x.device.type, enabled=False):  # in 16 bits distances underflow at temperature 0.02
+        with torch.autocast(x.device.type, enabled=False), exact_products():  # in 16 bits distances underflow at temperature 0.02
             drift = self._drift(one(x), one(positives), one(negatives), one(positive_weights), one(negative_weights), own, mean)
         return replace(drift, velocity=drift.velocity[0]) if x.ndim == 2 else drift
 
@@ -130,17 +134,19 @@ class DriftingField:
             unit = torch.ones_like(measured)
         distance.diagonal(dim1=1, dim2=2)[:, :own] += self.self_mask
 
-        targets, total, strengths = targets / _per_problem(unit), 0.0, []
-        for temperature in self.temperatures:
-            attraction, repulsion = self._forces(distance, targets, weights, negatives.shape[1], temperature)
-            force = attraction - repulsion  # (b, n, d)
-            strength = average(force.square().sum((1, 2)), force.new_full(force.shape[:1], force[0].numel()))
-            total = total + (force / _per_problem(strength.clamp(min=self.strength_floor).sqrt()) if self.normalise_force else force)
-            strengths.append(strength)
-        return Drift(total * _per_problem(unit), unit, measured, torch.stack(strengths))
+        targets = targets / _per_problem(unit)
+        forces = [self._force(distance, targets, weights, negatives.shape[1], temperature) for temperature in self.temperatures]
+        squares = torch.stack([force.square().sum((1, 2)) for force in forces])
+        strengths = average(
+            squares, squares.new_full(squares.shape[1:], forces[0][0].numel())
+        )  # (t) or (t, b): one message for all temperatures
+        if self.normalise_force:
+            rms = strengths.clamp(min=self.strength_floor).sqrt()
+            forces = [force / _per_problem(size) for force, size in zip(forces, rms, strict=True)]
+        return Drift(sum(forces[1:], forces[0]) * _per_problem(unit), unit, measured, strengths)
 
-    def _forces(self, distance: Tensor, targets: Tensor, weights: Tensor | None, m: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Attraction and repulsion of one temperature, each weighted with the mass of the other side; their difference is F.
+    def _force(self, distance: Tensor, targets: Tensor, weights: Tensor | None, m: int, temperature: float) -> Float[Tensor, "b n d"]:
+        """F of one temperature: attraction less repulsion, each weighted with the mass of the other side.
 
         Both carry the same total mass A+ A-, so the terms in x cancel and x itself does not appear.
         """
@@ -148,12 +154,13 @@ class DriftingField:
         if self.weights == "before":
             affinity = self.coupling(logits, weights, floor=self.affinity_floor)
         else:
-            affinity = self.coupling(logits, floor=self.affinity_floor)
+            presence = (weights > 0).to(logits) if weights is not None and self.weightless == "absent" else None
+            affinity = self.coupling(logits, presence, floor=self.affinity_floor)
             affinity = affinity if weights is None else affinity * weights[:, None, :]
         negative, positive = affinity[..., :m], affinity[..., m:]
         attraction = (positive * negative.sum(-1, keepdim=True)) @ targets[:, m:]  # (b, n, p) @ (b, p, d)
         repulsion = (negative * positive.sum(-1, keepdim=True)) @ targets[:, :m]  # (b, n, m) @ (b, m, d)
-        return attraction, repulsion
+        return attraction - repulsion
 
 
 def _positive(value: Any) -> bool:

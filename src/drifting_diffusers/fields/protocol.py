@@ -13,12 +13,13 @@ from torch import Tensor
 from ..shapes import Float
 
 Mean = Callable[[Tensor, Tensor], Tensor]
-"""(totals [b], weights [b]) -> one mean over every problem of the step. The trainer passes one that sums over all ranks first."""
+"""(totals [..., b], weights [b]) -> means [...] over every problem of the step. With several processes it sums over all of them first, and every call
+is a message between them: ask for several means at once."""
 
 
-def batch_mean(totals: Float[Tensor, " b"], weights: Float[Tensor, " b"]) -> Float[Tensor, ""]:
-    """One mean over all problems of this process."""
-    return totals.sum() / weights.sum()
+def batch_mean(totals: Float[Tensor, "*t b"], weights: Float[Tensor, " b"]) -> Float[Tensor, "*t"]:
+    """Means over all problems of this process."""
+    return totals.sum(-1) / weights.sum()
 
 
 @dataclass(frozen=True)
