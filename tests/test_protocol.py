@@ -108,6 +108,16 @@ def test_shards_of_something_else_are_refused(pipeline, tmp_path):
         extract(PipelineSamples(pipeline, 6), pixels(), folder=tmp_path)
 
 
+def test_weights_are_not_read_for_features_that_are_not_kept(pipeline, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("drifting_diffusers.sampling.digest", lambda model: read.append(model) or "digest")
+    samples = PipelineSamples(pipeline, 6)
+    extract(samples, pixels())
+    assert read == []
+    extract(samples, pixels(), folder=tmp_path)
+    assert read == [pipeline.transformer]
+
+
 SHARED_WORK = """
 import sys; sys.path.insert(0, {tests!r})
 import torch

@@ -154,9 +154,9 @@ def extract(
     if not extractor.num_features:
         extractor(samples.images([0]))  # pixels are counted when the first image is seen, and all of them may be in shards already
     firsts = range(0, len(samples), SHARD)
-    contract = {"samples": samples.describe(), "extractor": extractor.describe(), "judge": None if judge is None else digest(judge)}
     if folder is not None:
-        if state.is_main_process:
+        if state.is_main_process:  # a description reads all weights: only where it is written down
+            contract = {"samples": samples.describe(), "extractor": extractor.describe(), "judge": None if judge is None else digest(judge)}
             _claim(Path(folder), contract)
         state.wait_for_everyone()
     mine = firsts[state.process_index :: state.num_processes]
