@@ -1,0 +1,411 @@
+r"""Latents of images, made once by a VAE and kept on disk: what a generator of latents is trained on.
+
+A VAE tells of an image the mean and the standard deviation of its latent; what a generator learns is
+
+    z = (mean + std * eps - shift) * scaling,    eps ~ N(0, 1).
+
+The cache holds mean and std of every image and of its mirror image, which is encoded as well: encoding does not commute with mirroring. So eps can be
+new whenever a latent is drawn. The release of Drifting Models (arXiv 2602.04770) draws it once and keeps one z per image and mirror image: `moments=False`.
+
+    cache_latents(images, vae, "latents")
+    data = LatentCache("latents")
+
+A folder of safetensors shards, each `labels` [n] and `mean`, `std` [n, flips, c, h, w], or `latents` [n, flips, c, h, w], and of a description,
+`latent_cache.json`. In float16, the default, a latent is off by at most 2^-11 of its size (0.0005), 0.0002 of it in the mean: for latents of
+variance 1 a signal 5,000 times as strong as its error.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import ModelMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .data import RealSamples
+from .extractors import digest
+from .noise import keys_of, normals
+from .sampling import processes
+from .shapes import Float, Int
+
+VERSION = 1
+DESCRIPTION, UNFINISHED = "latent_cache.json", "unfinished.json"
+STORED = {"moments": ("mean", "std"), "sample": ("latents",)}  # what a shard holds beside its labels
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CHUNK = 64  # latents computed at a time: they stay in the processor's cache
+AGAIN = "run cache_latents with the same arguments again: it makes only what is missing"
+
+
+class LatentCache(RealSamples):
+    """The latents of a folder that `cache_latents` wrote, read through memory maps: what is not looked at is not loaded.
+
+    Threads may share it, and worker processes open the files for themselves.
+
+    Args:
+        folder: what `cache_latents` wrote.
+
+    Attributes:
+        labels: [rows], int64.
+        size: (height, width) of a latent.
+        channels: of a latent.
+        names: of the classes, None where they have none.
+        description: what the cache is of, as `latent_cache.json` says it.
+
+    Raises:
+        FileNotFoundError: if the folder holds no cache, an unfinished one, or one without all of its shards.
+        ValueError: if a file is damaged, or was written by a later version.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder).resolve()
+        self.description = _description(self.folder)
+        self.channels, *size = self.description["latent_shape"]
+        self.size = (size[0], size[1])
+        self.names: list[str] | None = self.description["names"]
+        self._firsts = np.array([shard["first"] for shard in self.description["shards"]])
+        labels, self._shards = zip(*(_open(self.folder, shard, self.description) for shard in self.description["shards"]), strict=True)
+        self.labels = np.concatenate(labels)
+
+    def __reduce__(self):
+        return type(self), (self.folder,)
+
+    def gather(self, rows: Sequence[int]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
+        """The scaled latents [n, c, h, w] of these rows in float32, not mirrored, and their labels. A row's eps is a function of the row alone."""
+        at = self._checked(rows)
+        unmirrored = np.zeros_like(at)
+        return self._latents(at, unmirrored, keys_of(b"row", at, unmirrored)), torch.from_numpy(self.labels[at])
+
+    def varied(self, rows: Sequence[int], seeds: Sequence[Sequence[int]], *, flip: bool) -> Float[Tensor, "n c h w"]:
+        """The scaled latents [n, c, h, w] of these rows in float32; which are mirrored, and eps, are functions of the seeds.
+
+        Args:
+            rows: positions, repeats allowed.
+            seeds: one per row, of integers in [0, 2^64), all of one length.
+            flip: whether half of them are those of mirror images.
+
+        Raises:
+            ValueError: if mirror images are asked for and the cache has none.
+        """
+        if flip and not self.description["flips"]:
+            raise ValueError(
+                f"{self.folder} holds no mirrored images: train with random_flip=False, or write another cache with flips=True"
+            )
+        at = self._checked(rows)
+        keys = keys_of(b"seed", *np.array(seeds, dtype=np.uint64).reshape(len(at), -1).T)
+        heads = (keys >> np.uint64(63)).astype(np.int64)
+        return self._latents(at, heads * flip, keys)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Enough to tell one cache from another: what `RealSamples` says, the digest of the VAE, and whether moments are stored."""
+        return super().fingerprint() | {"vae": self.description["vae"]["digest"], "stored": self.description["stored"]}
+
+    def _checked(self, rows: Sequence[int]) -> np.ndarray:
+        at = np.asarray(rows, dtype=np.int64)
+        if len(at) and (at.min() < 0 or at.max() >= len(self)):
+            raise IndexError(f"rows must lie in [0, {len(self)}), got values from {at.min()} to {at.max()}")
+        return at
+
+    def _latents(self, rows: np.ndarray, mirrored: np.ndarray, keys: np.ndarray) -> Float[Tensor, "n c h w"]:
+        """In the order of the files, so that neighbours on disk are read together."""
+        out = torch.empty(len(rows), self.channels, *self.size)
+        order = np.argsort(rows, kind="stable")
+        for first in range(0, len(rows), CHUNK):
+            part = order[first : first + CHUNK]
+            out[torch.from_numpy(part)] = self._drawn(self._stored(rows[part], mirrored[part]), keys[part])
+        return out
+
+    def _stored(self, rows: np.ndarray, mirrored: np.ndarray) -> list[Tensor]:
+        """The entries of these sorted rows as they lie in the shards: mean and std, or latents, each [n, c, h, w]."""
+        shard = np.searchsorted(self._firsts, rows, side="right") - 1
+        at = (rows - self._firsts[shard]) * (1 + self.description["flips"]) + mirrored
+        here, cuts = np.unique(shard, return_index=True)
+        parts = [
+            [tensor.index_select(0, torch.from_numpy(rows)) for tensor in self._shards[s]]
+            for s, rows in zip(here, np.split(at, cuts[1:]), strict=True)
+        ]
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+    def _drawn(self, stored: list[Tensor], keys: np.ndarray) -> Float[Tensor, "n c h w"]:
+        if self.description["stored"] == "sample":
+            return stored[0].float()
+        return _drawn(stored[0].float(), stored[1].float(), keys, self.description)
+
+
+def cache_latents(
+    images: RealSamples,
+    vae: ModelMixin,
+    folder: str | os.PathLike,
+    *,
+    names: Sequence[str] | None = None,
+    source: dict[str, Any] | None = None,
+    moments: bool = True,
+    flips: bool = True,
+    dtype: torch.dtype = torch.float16,
+    batch_size: int = 32,
+    shard_size: int = 4096,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    state: PartialState | None = None,
+) -> LatentCache:
+    """Write the latents of all images into a folder. What was interrupted goes on with the shards that are missing, to the same bits.
+
+    Several processes share the shards through the folder, which all of them must see.
+
+    Args:
+        images: in [-1, 1], [channels, height, width] as the VAE reads them, with labels from 0.
+        vae: a VAE of diffusers that tells a normal posterior (AutoencoderKL). It encodes in its own dtype, the moments are computed in float32.
+            It is moved to the device.
+        folder: new, or that of a cache of the same.
+        names: of the classes, in the order of their labels.
+        source: what the images are, as JSON: name, split, how they were resized.
+        moments: keep mean and std; otherwise one latent is drawn and kept, half as much to store.
+        flips: encode and keep mirror images as well, twice as much to store.
+        dtype: of what is stored: float16, bfloat16 or float32.
+        batch_size: images per call of the VAE.
+        shard_size: images per file; an interruption costs at most that many.
+        num_workers: processes that read and decode images; 0 is this one.
+        device: that encodes; that of the process if not given.
+        state: of the processes that share the work.
+
+    Raises:
+        ValueError: if the folder holds latents of something else, the images do not fit the VAE, their labels are none, or latents overflow.
+        TypeError: if the VAE tells no posterior.
+    """
+    folder, state = Path(folder), state or processes()
+    _check(images, names, dtype, batch_size, shard_size)
+    vae = vae.to(device or state.device)  # pyright: ignore[reportArgumentType]
+    contract = {
+        "version": VERSION,
+        "stored": "moments" if moments else "sample",
+        "dtype": _name(dtype),
+        "flips": flips,
+        "images": len(images),
+        "image_size": list(images.size),
+        "latent_shape": _latent_shape(images, vae),
+        "vae": {"digest": digest(vae), "encoded_in": _name(vae.dtype)},
+        "vae_name": str(vae.config.get("_name_or_path") or ""),
+        "scaling_factor": float(vae.config.get("scaling_factor") or 1.0),
+        "shift_factor": float(vae.config.get("shift_factor") or 0.0),
+        "names": None if names is None else list(names),
+        "source": {**(source or {}), "fingerprint": images.fingerprint()},
+        "shards": _shards(len(images), shard_size),
+    }
+    if state.is_main_process:
+        _claim(folder, contract)
+    state.wait_for_everyone()
+    mine = contract["shards"][state.process_index :: state.num_processes]
+    missing = [shard for shard in mine if not (folder / shard["file"]).exists()]
+    total, left = (sum(shard["images"] for shard in shards) for shards in (mine, missing))
+    with tqdm(
+        total=total, initial=total - left, desc="latents", unit="image", dynamic_ncols=True, disable=not state.is_main_process
+    ) as bar:
+        _write_shards(images, vae, folder, contract, missing, batch_size=batch_size, num_workers=num_workers, bar=bar)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _finish(folder, contract)
+    state.wait_for_everyone()
+    return LatentCache(folder)
+
+
+def _shards(n: int, shard_size: int) -> list[dict[str, Any]]:
+    """The files of n images, with the first of each and how many it holds."""
+    firsts = range(0, n, shard_size)
+    return [
+        {"file": f"{i:05d}-of-{len(firsts):05d}.safetensors", "first": first, "images": min(shard_size, n - first)}
+        for i, first in enumerate(firsts)
+    ]
+
+
+def _write_shards(
+    images: RealSamples,
+    vae: ModelMixin,
+    folder: Path,
+    contract: dict[str, Any],
+    shards: list[dict[str, Any]],
+    *,
+    batch_size: int,
+    num_workers: int,
+    bar: tqdm,
+) -> None:
+    """No batch reaches into another shard, so that a shard is the same whichever are written with it."""
+    rows = [range(shard["first"], shard["first"] + shard["images"]) for shard in shards]
+    batches = [[shard[i : i + batch_size] for i in range(0, len(shard), batch_size)] for shard in rows]
+    data = _Batches(images, [batch for parts in batches for batch in parts])
+    # with a generator of its own: a loader without one draws from the global one
+    read = iter(DataLoader(data, batch_size=None, num_workers=num_workers if shards else 0, generator=torch.Generator()))
+    for shard, all_rows, parts in zip(shards, rows, batches, strict=True):
+        found = []
+        for part in parts:
+            found.append(_encoded(next(read), vae, part.start, contract))
+            bar.update(len(part))
+        stored = dict(zip(STORED[contract["stored"]], map(torch.cat, zip(*found, strict=True)), strict=True))
+        _write(folder / shard["file"], stored | {"labels": torch.as_tensor(images.labels[list(all_rows)], dtype=torch.long)})
+
+
+class _Batches(Dataset):
+    """Images by the batch, for the workers of a DataLoader."""
+
+    def __init__(self, images: RealSamples, batches: list[range]):
+        self.images, self.batches = images, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Float[Tensor, "b c h w"]:
+        return self.images.gather(self.batches[index])[0]
+
+
+@torch.no_grad()
+def _posterior(vae: ModelMixin, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k y x"], Float[Tensor, "b k y x"]]:
+    """Mean and standard deviation of the latents of images, unscaled, on the CPU."""
+    found = vae.encode(images.to(vae.device, vae.dtype))
+    if not isinstance(getattr(found, "latent_dist", None), DiagonalGaussianDistribution):
+        raise TypeError(
+            f"the vae must tell a normal posterior, `encode(images).latent_dist`, as AutoencoderKL does; got {type(vae).__name__}"
+        )
+    exact = DiagonalGaussianDistribution(found.latent_dist.parameters.float())
+    return exact.mean.cpu(), exact.std.cpu()
+
+
+def _encoded(images: Float[Tensor, "b c h w"], vae: ModelMixin, first: int, contract: dict[str, Any]) -> list[Float[Tensor, "b f k y x"]]:
+    """What is stored of consecutive images: mean and std, or one latent each."""
+    views = []
+    for mirrored in range(1 + contract["flips"]):
+        moments = _posterior(vae, images.flip(3) if mirrored else images)
+        if contract["stored"] == "sample":
+            rows = np.arange(first, first + len(images))
+            moments = (_drawn(*moments, keys_of(b"row", rows, np.full_like(rows, mirrored)), contract),)
+        views.append(moments)
+    stored = [torch.stack(tensors, dim=1).to(getattr(torch, contract["dtype"])) for tensors in zip(*views, strict=True)]
+    if not all(tensor.isfinite().all() for tensor in stored):
+        raise ValueError(
+            f"latents of the images {first} to {first + len(images) - 1} are not finite, encoded in {vae.dtype} and stored in {contract['dtype']}: "
+            f"take a vae in float32 or bfloat16, and dtype=torch.bfloat16 or torch.float32 if that is not enough"
+        )
+    return stored
+
+
+def _drawn(
+    mean: Float[Tensor, "n k y x"], std: Float[Tensor, "n k y x"], keys: np.ndarray, scales: dict[str, Any]
+) -> Float[Tensor, "n k y x"]:
+    """One scaled latent each."""
+    eps = torch.from_numpy(normals(keys, mean[0].numel())).view_as(mean)
+    return eps.mul_(std).add_(mean).sub_(scales["shift_factor"]).mul_(scales["scaling_factor"])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    file = folder / DESCRIPTION
+    if not file.exists():
+        if (folder / UNFINISHED).exists():
+            raise FileNotFoundError(f"the latent cache {folder} is unfinished: {AGAIN}")
+        raise FileNotFoundError(
+            f"{folder} is no latent cache, it has no {DESCRIPTION}: give a folder that drifting_diffusers.latents.cache_latents wrote"
+        )
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}): delete it and {AGAIN}") from error
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        got = found.get("version") if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{file} must have version {VERSION}, got {got}: update drifting_diffusers, or write the cache anew")
+    return found
+
+
+def _open(folder: Path, shard: dict[str, Any], description: dict[str, Any]) -> tuple[np.ndarray, list[Tensor]]:
+    """The labels of a shard, loaded, and what else it holds, mapped: images and their mirror images one after the other, [n * flips, c, h, w]."""
+    file = folder / shard["file"]
+    if not file.exists():
+        raise FileNotFoundError(f"the latent cache {folder} lacks {shard['file']}: copy it from where the cache was made, or {AGAIN}")
+    shape = (shard["images"], 1 + description["flips"], *description["latent_shape"])
+    try:
+        with safe_open(file, framework="pt") as opened:
+            labels = opened.get_tensor("labels").numpy().copy()
+            tensors = [opened.get_tensor(name) for name in STORED[description["stored"]]]
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it and {AGAIN}") from error
+    if len(labels) != shard["images"] or any(tensor.shape != shape or _name(tensor.dtype) != description["dtype"] for tensor in tensors):
+        got = [(list(tensor.shape), _name(tensor.dtype)) for tensor in tensors]
+        raise ValueError(
+            f"{file} is not the one that {DESCRIPTION} tells of: its tensors must be {list(shape)} in {description['dtype']}, got {got}; delete it and {AGAIN}"
+        )
+    return labels, [tensor.flatten(0, 1) for tensor in tensors]
+
+
+def _claim(folder: Path, contract: dict[str, Any]) -> None:
+    """Write down what the shards will be of, or refuse those of something else."""
+    contract = json.loads(json.dumps(contract))
+    for file in (folder / DESCRIPTION, folder / UNFINISHED):
+        if file.exists():
+            there = json.loads(file.read_text(encoding="utf-8"))
+            different = [key for key in sorted({*contract, *there} - {"vae_name"}) if contract.get(key) != there.get(key)]
+            if different:
+                wanted, found = ({key: _brief(key, side.get(key)) for key in different} for side in (contract, there))
+                raise ValueError(
+                    f"{folder} holds latents of something else: asked for {wanted}, there is {found}; choose another folder, or delete this one"
+                )
+            return
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / UNFINISHED, json.dumps(contract, indent=2))
+
+
+def _brief(key: str, value: Any) -> Any:
+    return f"{len(value)} of up to {value[0]['images']} images" if key == "shards" and value else value
+
+
+def _finish(folder: Path, contract: dict[str, Any]) -> None:
+    missing = [shard["file"] for shard in contract["shards"] if not (folder / shard["file"]).exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {missing} although all processes are done: do all of them see this folder?")
+    _replace(folder / DESCRIPTION, json.dumps(contract, indent=2))
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_suffix(".partial")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    part = file.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    part.replace(file)  # whole or not at all
+
+
+def _check(images: RealSamples, names: Sequence[str] | None, dtype: torch.dtype, batch_size: int, shard_size: int) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"latents are stored in {', '.join(map(str, DTYPES))}, got {dtype}")
+    if min(batch_size, shard_size) < 1:
+        raise ValueError(f"batch_size and shard_size must be at least 1, got {batch_size} and {shard_size}")
+    low, high = images.labels.min(), images.labels.max()
+    if low < 0 or (names is not None and high >= len(names)):
+        allowed = f"[0, {len(names)}), as there are names" if names is not None else "[0, number of classes)"
+        raise ValueError(
+            f"labels must lie in {allowed}; got values from {low} to {high}: leave out rows without a label, or give all names"
+        )
+
+
+def _latent_shape(images: RealSamples, vae: ModelMixin) -> list[int]:
+    """Of the first image."""
+    wanted = vae.config.get("in_channels", images.channels)
+    if images.channels != wanted:
+        raise ValueError(f"the vae reads images of {wanted} channels, got {images.channels}: open the images with channels={wanted}")
+    shape = list(_posterior(vae, images.gather([0])[0])[0].shape[1:])
+    factor = round(images.size[0] / shape[1])
+    if any(side % factor for side in images.size):
+        raise ValueError(f"height and width must be multiples of {factor}, the vae's factor, got {images.size}: take another size")
+    return shape
