@@ -1,0 +1,112 @@
+"""What `--help` of a program says of dataclasses: sections, values and defaults in words, presets with what their source reports."""
+
+import argparse
+import dataclasses
+import re
+import textwrap
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from .presets import Preset
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """One spelling for each option, and text whose lines stay lines, each wrapped under its own second column."""
+
+    def __init__(self, prog: str, **kwargs: Any):
+        super().__init__(prog, **{"max_help_position": 30} | kwargs)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, str(action.metavar))
+        return f"{action.option_strings[0]} {values}"
+
+    def _format_args(self, action: argparse.Action, default_metavar: Any) -> str:
+        """Without the brackets of what may be left out: the sections say it."""
+        if action.nargs == "*":
+            return f"{action.metavar} ..."
+        return super()._format_args(action, default_metavar)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Names keep their hyphens together."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(_wrapped(line, width, indent) for line in text.splitlines())
+
+    @staticmethod
+    def epilog(aliases: Mapping[str, str], presets: Mapping[str, Preset], last: str | None) -> str:
+        """The presets with their results, the other spellings, and a program's own last lines."""
+        parts = []
+        if presets:
+            column = max(map(len, presets)) + 2
+            parts.append("presets:\n" + "\n".join(f"  {name:<{column}}{overview(row)}" for name, row in presets.items()))
+        if aliases:
+            column = max(map(len, aliases)) + 4
+            lines = [f"  {'--' + alias:<{column}}{_meaning(alias, target)}" for alias, target in aliases.items()]
+            parts.append("\n".join(["diffusers' spellings, understood as well:", *lines]))
+        parts.append("Every option may be written with - for _, and stand in the file of --config by its name.")
+        return "\n\n".join([*parts, *([last] if last else [])]).replace("%", "%%")
+
+
+def _meaning(alias: str, target: str) -> str:
+    if alias == "train_batch_size" and target == "labels_per_step":
+        return "generated samples of a step over all processes: labels_per_step x generated_per_label"
+    return f"--{target}"
+
+
+def _wrapped(line: str, width: int, indent: str) -> str:
+    columns = re.match(r"\s*\S+\s{2,}", line)
+    hang = " " * (columns.end() if columns else len(line) - len(line.lstrip()))
+    return textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent + hang, break_on_hyphens=False)
+
+
+def overview(preset: Preset) -> str:
+    """A preset's data, and what its source reports."""
+    if preset.reported is None:
+        return f"{preset.data}; no result is reported"
+    numbers = ", ".join(f"{name} {value:g}" for name, value in preset.reported.items())
+    where = "; ".join(part for part in (preset.source, preset.hardware) if part)
+    return f"{preset.data}; reported: {numbers}" + (f" ({where})" if where else "")
+
+
+def sections_of(kind: Any) -> list[tuple[str, list[str]]]:
+    """The options of a dataclass under titles: those of a base under the base's.
+
+    A title is `_argument_group_name`, as for HfArgumentParser, or the first sentence of the docstring.
+    """
+    homes = [cls for cls in reversed(kind.__mro__) if dataclasses.is_dataclass(cls)]
+    sections: dict[str, list[str]] = {}
+    for field in dataclasses.fields(kind):
+        if field.init:
+            home = next((cls for cls in homes if field.name in cls.__annotations__), kind)
+            sections.setdefault(_title(home), []).append(field.name)
+    return list(sections.items())
+
+
+def _title(cls: Any) -> str:
+    sentence = re.split(r"[.,;:]\s|\.$", (cls.__doc__ or "").strip(), maxsplit=1)[0].replace("`", "")
+    title = cls.__dict__.get("_argument_group_name") or ("" if sentence.startswith(f"{cls.__name__}(") else sentence)
+    return title or cls.__name__
+
+
+def metavar_of(kind: Any) -> str:
+    """What kind of value an option takes, in a word; of a choice, the choices."""
+    if type(None) in get_args(kind):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if get_origin(kind) is list:
+        return metavar_of(get_args(kind)[0])
+    return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
+
+
+def default_in_words(field: dataclasses.Field) -> str:
+    if field.default is field.default_factory is dataclasses.MISSING:
+        return "required"
+    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    words = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
+    if isinstance(value, list):
+        words = " ".join(map(str, value)) or "none"
+    return f"default: {words or ('none' if value is None else value)}"
