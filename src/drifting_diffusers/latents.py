@@ -27,13 +27,13 @@ from accelerate import PartialState
 from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .data import RealSamples
 from .extractors import digest
+from .files import write_tensors, write_text
 from .noise import keys_of, normals
 from .sampling import processes
 from .shapes import Float, Int
@@ -167,7 +167,7 @@ def cache_latents(
             It is moved to the device.
         folder: new, or that of a cache of the same.
         names: of the classes, in the order of their labels.
-        source: what the images are, as JSON: name, split, how they were resized.
+        source: what to remember of the images, as JSON: name, split, how they were resized.
         moments: keep mean and std; otherwise one latent is drawn and kept, half as much to store.
         flips: encode and keep mirror images as well, twice as much to store.
         dtype: of what is stored: float16, bfloat16 or float32.
@@ -192,16 +192,15 @@ def cache_latents(
         "images": len(images),
         "image_size": list(images.size),
         "latent_shape": _latent_shape(images, vae),
-        "vae": {"digest": digest(vae), "encoded_in": _name(vae.dtype)},
-        "vae_name": str(vae.config.get("_name_or_path") or ""),
         "scaling_factor": float(vae.config.get("scaling_factor") or 1.0),
         "shift_factor": float(vae.config.get("shift_factor") or 0.0),
         "names": None if names is None else list(names),
-        "source": {**(source or {}), "fingerprint": images.fingerprint()},
         "shards": _shards(len(images), shard_size),
     }
     if state.is_main_process:
-        _claim(folder, contract)
+        contract["vae"] = {"digest": digest(vae), "encoded_in": _name(vae.dtype)}
+        contract["dataset"] = images.fingerprint()
+        _claim(folder, contract | {"vae_name": str(vae.config.get("_name_or_path") or ""), "source": source or {}})
     state.wait_for_everyone()
     mine = contract["shards"][state.process_index :: state.num_processes]
     missing = [shard for shard in mine if not (folder / shard["file"]).exists()]
@@ -212,7 +211,7 @@ def cache_latents(
         _write_shards(images, vae, folder, contract, missing, batch_size=batch_size, num_workers=num_workers, bar=bar)
     state.wait_for_everyone()
     if state.is_main_process:
-        _finish(folder, contract)
+        _finish(folder, contract["shards"])
     state.wait_for_everyone()
     return LatentCache(folder)
 
@@ -249,7 +248,7 @@ def _write_shards(
             found.append(_encoded(next(read), vae, part.start, contract))
             bar.update(len(part))
         stored = dict(zip(STORED[contract["stored"]], map(torch.cat, zip(*found, strict=True)), strict=True))
-        _write(folder / shard["file"], stored | {"labels": torch.as_tensor(images.labels[list(all_rows)], dtype=torch.long)})
+        write_tensors(folder / shard["file"], stored | {"labels": torch.as_tensor(images.labels[list(all_rows)], dtype=torch.long)})
 
 
 class _Batches(Dataset):
@@ -346,44 +345,32 @@ def _open(folder: Path, shard: dict[str, Any], description: dict[str, Any]) -> t
 
 
 def _claim(folder: Path, contract: dict[str, Any]) -> None:
-    """Write down what the shards will be of, or refuse those of something else."""
+    """Write down what the shards will be of, or refuse those of something else; names of the same weights and images do not count."""
     contract = json.loads(json.dumps(contract))
     for file in (folder / DESCRIPTION, folder / UNFINISHED):
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
-            different = [key for key in sorted({*contract, *there} - {"vae_name"}) if contract.get(key) != there.get(key)]
+            different = [key for key in sorted({*contract, *there} - {"vae_name", "source"}) if contract.get(key) != there.get(key)]
             if different:
                 wanted, found = ({key: _brief(key, side.get(key)) for key in different} for side in (contract, there))
                 raise ValueError(
                     f"{folder} holds latents of something else: asked for {wanted}, there is {found}; choose another folder, or delete this one"
                 )
             return
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / UNFINISHED, json.dumps(contract, indent=2))
+    write_text(folder / UNFINISHED, json.dumps(contract, indent=2) + "\n")
 
 
 def _brief(key: str, value: Any) -> Any:
     return f"{len(value)} of up to {value[0]['images']} images" if key == "shards" and value else value
 
 
-def _finish(folder: Path, contract: dict[str, Any]) -> None:
-    missing = [shard["file"] for shard in contract["shards"] if not (folder / shard["file"]).exists()]
+def _finish(folder: Path, shards: list[dict[str, Any]]) -> None:
+    """The description appears when all that it tells of is there."""
+    missing = [shard["file"] for shard in shards if not (folder / shard["file"]).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {missing} although all processes are done: do all of them see this folder?")
-    _replace(folder / DESCRIPTION, json.dumps(contract, indent=2))
-    (folder / UNFINISHED).unlink(missing_ok=True)
-
-
-def _replace(file: Path, text: str) -> None:
-    part = file.with_suffix(".partial")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(file)
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    part = file.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-    part.replace(file)  # whole or not at all
+    if (folder / UNFINISHED).exists():
+        (folder / UNFINISHED).rename(folder / DESCRIPTION)
 
 
 def _check(images: RealSamples, names: Sequence[str] | None, dtype: torch.dtype, batch_size: int, shard_size: int) -> None:
