@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from drifting_diffusers import DriftingPipeline
-from drifting_diffusers.classifiers import SmallClassifier, kept_judge
+from drifting_diffusers.classifiers import SmallClassifier, kept_classifier
 from drifting_diffusers.data import LabelledImages, label_names, open_images
 from drifting_diffusers.extractors import Extractor, load_extractor
 from drifting_diffusers.meters import FeatureSet, Reference, measure, moments_of
@@ -47,7 +47,9 @@ def main() -> None:
     folder = Path(arguments.output)
     extractor = load_extractor(arguments.extractor)
     train, test = view(arguments, "train"), view(arguments, "test")
-    judge = kept_judge(train, folder / "judge.safetensors", epochs=2)
+    read = lambda: train.gather(list(range(len(train))))
+    classes = int(train.labels.max()) + 1
+    judge = kept_classifier(folder / "judge.safetensors", read, channels=train.channels, num_classes=classes, epochs=2)
     rng = torch.Generator().manual_seed(0)
     n = arguments.samples
     known, new = choose(train, n, rng), choose(test, n * 6 // 5, rng)  # a fifth more: enough when one of ten classes is left out

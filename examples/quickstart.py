@@ -24,13 +24,11 @@ import datasets
 import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset
-from safetensors.torch import load_model, save_model
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingTrainer, MultiScaleStatistics, Pixels, Windows
-from drifting_diffusers.classifiers import SmallClassifier, train_classifier
+from drifting_diffusers.classifiers import SmallClassifier, kept_classifier
 from drifting_diffusers.data import LabelledImages
 from drifting_diffusers.evaluation import accuracy
 
@@ -86,20 +84,9 @@ def view(dataset: Dataset) -> LabelledImages:
 
 def classifier(name: str, images: Tensor, labels: Tensor, arguments: Arguments, *, width: int, epochs: int) -> SmallClassifier:
     """A small classifier of the real images; kept beside the run, so that going on with a run meets the same one."""
-    folder = Path(arguments.output_dir + "-classifiers")
-    file = folder / f"{name}-seed{arguments.seed}-epochs{epochs}.safetensors"
-    if file.exists():
-        model = SmallClassifier(1, 10, width)
-        load_model(model, file)
-        return model.eval().requires_grad_(False)
+    file = Path(arguments.output_dir + "-classifiers") / f"{name}-seed{arguments.seed}-epochs{epochs}.safetensors"
     seed = 2 * arguments.seed + (name == "encoder")  # judge and encoder start differently and see the images in other orders
-    with torch.random.fork_rng(), tqdm(total=epochs * (len(images) // 128), desc=name, unit="step", dynamic_ncols=True) as bar:
-        torch.manual_seed(seed)
-        rng = torch.Generator().manual_seed(seed)
-        model = train_classifier(images, labels, generator=rng, width=width, epochs=epochs, on_step=bar.update)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, str(file))
-    return model
+    return kept_classifier(file, lambda: (images, labels), channels=1, num_classes=10, seed=seed, width=width, epochs=epochs, name=name)
 
 
 def neighbours(images: Tensor, labels: Tensor, train_images: Tensor, train_labels: Tensor) -> float:

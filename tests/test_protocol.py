@@ -468,6 +468,17 @@ def test_the_command_refuses_in_one_line(pipeline, tmp_path, capsys):
         assert error.count("drifting-diffusers: error") == 1
 
 
+def test_a_judge_of_large_images_is_refused(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        PILImage.new("L", (65, 33), i).save(tmp_path / f"images/{i}.png")
+    data = save_parquet(tmp_path / "data", train=dataset(12))
+    command = ["evaluate", str(tmp_path / "images"), "--dataset", data, "--extractor", "pixels", "--judge", "--output", str(tmp_path / "out"),
+               "--reference-cache", str(tmp_path / "cache")]  # fmt: skip
+    assert main(command) == 1
+    assert "a small judge is for images of up to 64 pixels, got (33, 65)" in capsys.readouterr().err
+
+
 def test_every_metric_has_a_meaning():
     for name, metric in METRICS.items():
         assert metric.meaning

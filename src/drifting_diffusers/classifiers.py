@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .files import write_tensors
 from .shapes import Float, Int
 
 
@@ -44,6 +44,7 @@ class SmallClassifier(nn.Module):
 def train_classifier(
     images: Float[Tensor, "n c h w"],
     labels: Int[Tensor, " n"],
+    num_classes: int | None = None,
     *,
     generator: torch.Generator,
     width: int = 32,
@@ -55,12 +56,12 @@ def train_classifier(
     """A classifier of these real images, mirrored at random; frozen and in evaluation mode.
 
     Its initial weights and its dropout come from torch's global generator, the order of the images from `generator`. `on_step` is called after
-    every batch.
+    every batch. It tells apart `num_classes`, as many as there are labels if not given.
 
     Raises:
         ValueError: for fewer images than one batch.
     """
-    model = SmallClassifier(images.shape[1], int(labels.max()) + 1, width)
+    model = SmallClassifier(images.shape[1], int(labels.max()) + 1 if num_classes is None else num_classes, width)
     steps = epochs * (len(images) // batch_size)
     if not steps:
         raise ValueError(f"{len(images)} images do not fill one batch of {batch_size}; lower batch_size")
@@ -80,32 +81,37 @@ def train_classifier(
     return model.eval().requires_grad_(False)
 
 
-def kept_judge(data: Any, file: Path, *, seed: int = 0, width: int = 32, epochs: int = 8) -> SmallClassifier:
-    """A classifier of all these real images, trained once and kept in `file`; its initial weights and the order of images come from the seed.
+def kept_classifier(
+    file: Path,
+    read: Callable[[], tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]],
+    *,
+    channels: int,
+    num_classes: int,
+    seed: int = 0,
+    width: int = 32,
+    epochs: int = 8,
+    name: str = "judge",
+) -> SmallClassifier:
+    """A classifier of real images, trained once and kept in `file`.
 
     Args:
-        data: labelled images with `gather`, `channels` and `size`, as `LabelledImages`.
-        file: safetensors.
-        seed: of everything random.
+        file: safetensors; what lies there is loaded and nothing else is looked at, so its name must say what it was trained on and how.
+        read: images and their labels, called if there is no such file.
+        channels: of the images.
+        num_classes: classes told apart.
+        seed: of the initial weights and of the order of images; torch's global generator is left as it was.
         width: see `SmallClassifier`.
         epochs: passes over the images.
-
-    Raises:
-        ValueError: for images above 64 pixels, which need a better network than this.
+        name: what the progress bar says.
     """
-    if max(data.size) > 64:
-        raise ValueError(
-            f"a small judge is for images of up to 64 pixels, got {data.size}: take an extractor with a classifier of these classes"
-        )
     if file.exists():
-        model = SmallClassifier(data.channels, int(data.labels.max()) + 1, width)
+        model = SmallClassifier(channels, num_classes, width)
         load_model(model, file)
         return model.eval().requires_grad_(False)
-    images, labels = data.gather(list(range(len(data))))
-    with torch.random.fork_rng(), tqdm(total=epochs * (len(images) // 128), desc="judge", unit="step", dynamic_ncols=True) as bar:
+    images, labels = read()
+    with torch.random.fork_rng(), tqdm(total=epochs * (len(images) // 128), desc=name, unit="step", dynamic_ncols=True) as bar:
         torch.manual_seed(seed)
         rng = torch.Generator().manual_seed(seed)
-        model = train_classifier(images, labels, generator=rng, width=width, epochs=epochs, on_step=bar.update)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, str(file))
+        model = train_classifier(images, labels, num_classes, generator=rng, width=width, epochs=epochs, on_step=bar.update)
+    write_tensors(file, model.state_dict())
     return model

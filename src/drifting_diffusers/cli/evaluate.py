@@ -190,10 +190,16 @@ def _read_reference(file: Path, extractor: Any) -> Any:
 
 
 def _judge(options: argparse.Namespace, real: Any, state: Any) -> Any:
-    from ..classifiers import kept_judge
+    from ..classifiers import kept_classifier
 
+    if max(real.size) > 64:
+        raise ValueError(
+            f"a small judge is for images of up to 64 pixels, got {real.size}: take an extractor with a classifier of these classes"
+        )
+    file = options.output / f"judge-{real.dataset._fingerprint}.safetensors"
+    read = lambda: real.gather(list(range(len(real))))
     with state.main_process_first():
-        return kept_judge(real, options.output / f"judge-{real.dataset._fingerprint}.safetensors")
+        return kept_classifier(file, read, channels=real.channels, num_classes=int(real.labels.max()) + 1)
 
 
 def _draw(folder: Path, results: dict[str, Any], bench: Any, shown: tuple[Any, Any], training: Any) -> None:
