@@ -1,6 +1,7 @@
 """The command `drifting-diffusers`: each verb is a thin shell over the library, in a module of its own.
 
-Only argparse is imported until a verb runs, so that `--help` answers at once.
+That module holds HELP, one line; DESCRIPTION and EXAMPLES, the rest of what `--help` says; `arguments(parser)`, which adds its own, and
+`run(options)`. Only argparse is imported until a verb runs, so that `--help` answers at once.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from .. import __version__
 from . import convert, evaluate
 
-VERBS = (convert, evaluate)
+VERBS = {"convert": convert, "evaluate": evaluate}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="drifting-diffusers", description="Drifting Models: one-step generators for diffusers.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="command")
-    for verb in VERBS:
-        verb.add(verbs).add_argument("--traceback", action="store_true", help="show where an error came from")
+    for name, verb in VERBS.items():
+        own = verbs.add_parser(
+            name,
+            help=verb.HELP,
+            description=verb.DESCRIPTION,
+            epilog=verb.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        own.set_defaults(run=verb.run)
+        verb.arguments(own)
+        own.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser

@@ -9,6 +9,8 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+HELP = "the authors' released weights -> a folder that from_pretrained loads"
+
 DESCRIPTION = """\
 Convert weights of the reference release of "Generative Modeling via Drifting" into a folder of diffusers' format.
 
@@ -25,16 +27,8 @@ examples:
 """
 
 
-def add(verbs: Any) -> argparse.ArgumentParser:
-    """Add the verb and its arguments."""
-    parser = verbs.add_parser(
-        "convert",
-        help="the authors' released weights -> a folder that from_pretrained loads",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
     parser.add_argument("source", metavar="SOURCE", help="a released name, a folder or a file")
     parser.add_argument("target", metavar="TARGET", type=Path, help="the folder to write; it must not exist or be empty")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; the release's are float32 (default)")
@@ -49,7 +43,6 @@ def add(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="of the release's repository: a branch, tag or commit")
     parser.add_argument("--push-to-hub", metavar="USER/REPOSITORY", help="upload the folder, with its card, after it is written")
     parser.add_argument("--private", action="store_true", default=None, help="make that repository private, should it be new")
-    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -5,6 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .convert import DTYPES
+
+HELP = "distances, precision, diversity and memorisation of a pipeline or of images"
+
 DESCRIPTION = """\
 Measure a pipeline (a folder or a Hub repository) or images (a folder or parquet files) against the real images of
 a dataset. Writes results.json, a class grid, the nearest training images and, for several guidance scales, their curves. What was
@@ -23,16 +27,8 @@ extractors: inception (the FID), lite0, dinov2, convnextv2, pixels, or any visio
 """
 
 
-def add(verbs: Any) -> argparse.ArgumentParser:
-    """Add the verb and its arguments."""
-    parser = verbs.add_parser(
-        "evaluate",
-        help="distances, precision, diversity and memorisation of a pipeline or of images",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
     parser.add_argument("pipeline", metavar="PIPELINE", help="a pipeline or images to measure")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for results, pictures and what is kept of features")
     real = parser.add_argument_group("real images")
@@ -58,8 +54,7 @@ def add(verbs: Any) -> argparse.ArgumentParser:
     draw.add_argument("--seeds", type=int, nargs="+", default=(0,), metavar="SEED", help="each gives samples of its own (default: 0)")
     draw.add_argument("--batch-size", type=int, default=100, metavar="N")
     draw.add_argument("--device", help="as torch names it (default: what Accelerate finds)")
-    draw.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the pipeline")
-    return parser
+    draw.add_argument("--dtype", choices=DTYPES, default="float32", help="of the pipeline")
 
 
 def run(options: argparse.Namespace) -> None:
