@@ -131,9 +131,8 @@ class PushWithCard:
             max_shard_size: of a file, as in "5GB".
             kwargs: commit_message, private, token, create_pr.
         """
-        sharded = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, **sharded)
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size)
             return upload(self, folder, repo_id, **kwargs)
 
 
