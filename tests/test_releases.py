@@ -1,10 +1,13 @@
 """The table of the release and the cards that are rendered from it."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
+from drifting_diffusers import DriftingObjective, DriftingPipeline, MaskedAutoencoder, Pixels
 from drifting_diffusers.releases import RELEASES, Conversion, release_card
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -76,3 +79,31 @@ def test_cards_say_how_the_weights_were_converted():
     loaded = "from_release(\"latent_L_sota\", dtype=torch.bfloat16, vae=None, guidance_scale=3.0, revision='v1')"
     assert loaded in release_card("latent_L_sota", conversion=how)
     assert "vae" not in release_card("pixel_L_sota", conversion=Conversion(vae=None)).replace("--no-vae", "")
+
+
+class Loaded:
+    """What a card loads, in place of gigabytes."""
+
+    activations, images = Pixels(), ()
+
+    def __call__(self, labels, *, generator, output_type="pil"):
+        assert isinstance(generator, torch.Generator)
+        return self
+
+
+@pytest.mark.parametrize("repo_id", [None, "user/mine"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", RELEASES)
+def test_what_cards_say_runs(name, dtype, repo_id, monkeypatch):
+    asked = []
+    for cls in (DriftingPipeline, MaskedAutoencoder):
+        for way in ("from_release", "from_pretrained"):
+            monkeypatch.setattr(cls, way, lambda source, **kwargs: asked.append((source, kwargs)) or Loaded())
+    card = release_card(name, repo_id, Conversion(dtype=dtype, vae=None))
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = {}
+    exec(code, names)
+    ((source, kwargs),) = asked
+    assert source == (repo_id or name)
+    assert kwargs.get("dtype") == (torch.bfloat16 if dtype == "bfloat16" and repo_id is None else None)
+    assert RELEASES[name].kind == "gen" or isinstance(names["objective"], DriftingObjective)

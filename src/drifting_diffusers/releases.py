@@ -124,6 +124,7 @@ def release_card(name: str, repo_id: str | None = None, conversion: Conversion |
     latent = release.space == "latent" and how.vae is None
     facts = {
         "load": load,
+        "imports": "import torch\n" if not repo_id and how.dtype != "float32" else "",  # of an encoder: what `load` names
         "samples": _samples(release, how),
         "seen": _SEEN[release.space],
         "encoders": _encoders(release),
@@ -236,7 +237,7 @@ pip install drifting-diffusers
 ```
 
 ```python
-from drifting_diffusers import DriftingObjective, MaskedAutoencoder
+{imports}from drifting_diffusers import DriftingObjective, MaskedAutoencoder
 
 encoder = {load}
 objective = DriftingObjective(encoder.activations)
