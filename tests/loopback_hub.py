@@ -24,6 +24,7 @@ class Repository:
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         sha = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode(), usedforsecurity=False).hexdigest()
@@ -37,8 +38,38 @@ class Repository:
         return self.commits[self.refs.get(revision, revision)]
 
 
+@dataclass
+class Fault:
+    """What goes wrong with requests whose path contains `path`: with `times` of them, from the `first`-th on, counted from 1.
+
+    Attributes:
+        status: the answer, with `headers` and `message`.
+        cut: instead, hang up after so many bytes of the request's body.
+        gate: instead, go on once it is set.
+        seen: how many requests there were to that path.
+        arrived: set when the first of them meets the fault.
+    """
+
+    path: str
+    first: int = 1
+    times: int = 1
+    status: int = 500
+    headers: dict[str, str] = field(default_factory=dict)
+    message: str = "as the test wants"
+    cut: int | None = None
+    gate: threading.Event | None = None
+    seen: int = 0
+    arrived: threading.Event = field(default_factory=threading.Event)
+
+    def hits(self, path: str) -> bool:
+        if self.path not in path:
+            return False
+        self.seen += 1
+        return self.first <= self.seen < self.first + self.times
+
+
 class LoopbackHub:
-    """With `with`: `url` is the endpoint, `repositories` what was pushed, `requests` what was asked for.
+    """With `with`: `url` is the endpoint, `repositories` what was pushed, `requests` what was asked for, `faults` what goes wrong.
 
     `cuts` holds files whose next download breaks off, with how many bytes it gets; `ranges` the bytes that downloads went on from.
     """
@@ -46,10 +77,16 @@ class LoopbackHub:
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
         self.cuts: dict[str, int] = {}
         self.ranges: list[tuple[str, int]] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def fail(self, path: str, **how: object) -> Fault:
+        """Have requests to a path go wrong; see `Fault`."""
+        self.faults.append(Fault(path, **how))  # type: ignore[arg-type]
+        return self.faults[-1]
 
     def __enter__(self) -> "LoopbackHub":
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -79,8 +116,12 @@ class Handler(BaseHTTPRequestHandler):
         self.route("POST")
 
     def route(self, method: str) -> None:
-        path, body = unquote(urlsplit(self.path).path), self.body()
+        path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((method, path))
+        faults = [fault for fault in self.hub.faults if fault.hits(path)]  # all of them count
+        if faults and self.goes_wrong(faults[0]):
+            return
+        body = self.body()
         parts = path.strip("/").split("/")
         if path == "/api/whoami-v2":
             self.reply({"name": "tester", "type": "user", "orgs": []} if self.trusted else None, status=200 if self.trusted else 401)
@@ -95,6 +136,21 @@ class Handler(BaseHTTPRequestHandler):
             self.resolve("/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :]))
         else:
             self.reply({"error": f"no such endpoint: {method} {path}"}, status=404)
+
+    def goes_wrong(self, fault: Fault) -> bool:
+        """Whether that was all of the answer."""
+        fault.arrived.set()
+        if fault.gate is not None:
+            fault.gate.wait()
+            return False
+        if fault.cut is not None:
+            self.rfile.read(fault.cut)
+            self.close_connection = True
+            return True
+        self.body()
+        named = {name.replace("-", "_"): value for name, value in fault.headers.items()}
+        self.reply({"error": fault.message}, status=fault.status, **named)
+        return True
 
     @property
     def trusted(self) -> bool:
@@ -146,6 +202,8 @@ class Handler(BaseHTTPRequestHandler):
             return None
         verb, revision = (rest + ["revision", "main"][len(rest) :])[:2]
         if verb == "branch":
+            if revision in repository.refs:
+                return self.refuse(409, "BranchExists")
             start = json.loads(body or b"{}").get("startingPoint", "main")
             repository.refs[revision] = repository.sha(start) or start
             return self.reply({})
@@ -167,9 +225,10 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, repository: Repository, name: str, branch: str, files: dict[str, bytes], body: bytes) -> None:
         if not self.trusted:
             return self.refuse(401, "Unauthorized")
-        files = dict(files)
+        files, message = dict(files), ""
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
+            message = value.get("summary", message)
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "deletedFile":
@@ -177,6 +236,7 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] != "header":
                 return self.refuse(400, f"Unknown:{line['key']}")
         sha = repository.commit(files, branch)
+        repository.messages.append(message)
         return self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "hookOutput": ""})
 
     def resolve(self, name: str, revision: str, path: str) -> None:
