@@ -17,14 +17,19 @@ GENERATOR = {
 }  # fmt: skip
 
 
-def to_release(model: nn.Module, kind: str = "gen") -> dict[str, Tensor]:
-    """The inverse of the converter, by the same table: tensors by the release's paths."""
-    ours, theirs = model.state_dict(), {}
+def to_release(model: nn.Module, kind: str = "gen", ours: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The inverse of the converter, by the same table: the model's tensors, or others of the same names, by the release's paths."""
+    ours, theirs = model.state_dict() if ours is None else ours, {}
     for names, paths in KINDS[kind][1](model.config):
         for path, part in zip(paths, torch.cat([ours[name] for name in names]).chunk(len(paths)), strict=True):
             turned = part.permute(*range(2, part.ndim), 1, 0) if path.endswith("/kernel") else part
             theirs[path] = turned.contiguous()
     return theirs
+
+
+def gradients_to_release(model: nn.Module, kind: str = "gen") -> dict[str, Tensor]:
+    """The gradients of a model by the release's paths and in its orientation."""
+    return to_release(model, kind, {name: parameter.grad for name, parameter in model.named_parameters()})
 
 
 def packed(tensor: Tensor, dtype: str = "float32") -> msgpack.ExtType:

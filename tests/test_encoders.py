@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from recordings import assert_recorded, bounds_of, recorded
+from release_files import gradients_to_release, to_release
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -41,33 +43,17 @@ def half_mask(model: MaskedAutoencoder, n: int = 3, grid: tuple[int, int] = (16,
     return model.draw_mask(n, grid, generator=torch.Generator().manual_seed(2))
 
 
-def to_release(model: MaskedAutoencoder, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of the converter, by the same table."""
-    theirs = {}
-    for (name,), (path,) in autoencoder_layout(model.config):
-        tensor = ours[name]
-        theirs[path] = tensor.permute(*range(2, tensor.ndim), 1, 0) if path.endswith("/kernel") else tensor
-    return theirs
-
-
 # -- goldens
 
 
-def recorded(shared: Path, name: str, io: str) -> tuple[dict, dict[str, Tensor], dict[str, float]]:
+def recorded_with_index(shared: Path, name: str, io: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
     """What the file holds, by the index; its numbers; and their bounds."""
     index = json.loads((shared / "fixtures/mae/index.json").read_text())[name]["io"][io]
-    arrays = {k: v if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in np.load(shared / f"fixtures/mae/{name}/{io}.npz").items()}
-    bounds = json.loads((shared / "fixtures/tolerances.json").read_text())[f"mae/{name}/{io}"]
-    return index, arrays, {key: bound["tol"] for key, bound in bounds.items()}
+    return index, recorded(shared, f"mae/{name}/{io}"), bounds_of(shared, f"mae/{name}/{io}")
 
 
-def assert_recorded(value: Tensor, stored: Tensor, bound: float, name: str) -> None:
-    assert value.shape == stored.shape, name
-    assert (value.double() - stored.double()).abs().max() <= bound * stored.double().abs().max(), name
-
-
-def assert_activations(got: dict[str, Tensor], io: dict[str, Tensor], bounds: dict[str, float], *, all_of: bool = True) -> None:
-    keys = [str(key) for key in io["keys"]]
+def assert_activations(got: dict[str, Tensor], io: dict[str, Any], bounds: dict[str, float], *, all_of: bool = True) -> None:
+    keys = io["keys"]
     assert set(keys) == set(got) if all_of else set(keys) < set(got)
     for key, shape, (total, squares) in zip(keys, io["shapes"].tolist(), io["stats"].tolist(), strict=True):
         value = got[key].double()
@@ -84,7 +70,7 @@ def assert_activations(got: dict[str, Tensor], io: dict[str, Tensor], bounds: di
 @pytest.mark.parametrize(("name", "io_name"), [("latent", "io_16"), ("latent", "io_32"), ("pixel", "io_64"), ("latent", "io_16_bf16")])
 @torch.no_grad()
 def test_recorded_activations(shared, name, io_name):
-    index, io, bounds = recorded(shared, name, io_name)
+    index, io, bounds = recorded_with_index(shared, name, io_name)
     model = MaskedAutoencoder.from_release(shared / f"fixtures/mae/{name}", dtype=torch.bfloat16 if index["use_bf16"] else None)
     got = model.activations(io["x"].permute(0, 3, 1, 2), whole_image=False)
     assert {value.dtype for value in got.values()} == {torch.float32}
@@ -93,7 +79,7 @@ def test_recorded_activations(shared, name, io_name):
 
 @torch.no_grad()
 def test_recorded_activations_with_other_arguments(shared):
-    index, io, bounds = recorded(shared, "latent", "io_16_kwargs")
+    index, io, bounds = recorded_with_index(shared, "latent", "io_16_kwargs")
     model = MaskedAutoencoder.from_release(shared / "fixtures/mae/latent")
     ours = {
         "every_k_block": "every_block",
@@ -114,12 +100,12 @@ def test_recorded_activations_with_other_arguments(shared):
 
 @pytest.mark.parametrize(("name", "io_name"), [("latent", "forward_16"), ("pixel", "forward_32")])
 def test_recorded_training_pass(shared, name, io_name):
-    index, io, bounds = recorded(shared, name, io_name)
+    index, io, bounds = recorded_with_index(shared, name, io_name)
     model = MaskedAutoencoder.from_release(shared / f"fixtures/mae/{name}")
     mask, labels = io["mask"].permute(0, 3, 1, 2), io["labels"].long()
     out = model(io["x"].permute(0, 3, 1, 2), mask, labels, classification_weight=float(io["lambda_cls"]))
     out.loss.mean().backward()
-    gradients = to_release(model, {key: p.grad for key, p in model.named_parameters()})
+    gradients = gradients_to_release(model, "mae")
     assert gradients.keys() == set(index["grad_norm_names"])
     got = {
         "loss": out.loss,
@@ -150,7 +136,7 @@ def test_recorded_artefacts_there_and_back(shared, name):
     assert {path: list(tensor.shape) for path, tensor in tensors.items()} == index["params"]
     model = MaskedAutoencoder.from_release(shared / f"fixtures/mae/{name}")
     assert not model.training
-    back = to_release(model, model.state_dict())
+    back = to_release(model, "mae")
     assert back.keys() == tensors.keys()
     for path, tensor in back.items():
         assert_close(tensor, tensors[path], rtol=0, atol=0)

@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from recordings import bounds_of, recorded
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -49,16 +49,10 @@ def draw(model: DriftingGenerator, **changes) -> Tensor:
 # -- goldens
 
 
-def recorded(shared: Path, name: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    arrays = {key: torch.from_numpy(value) for key, value in np.load(shared / f"fixtures/gen/{name}/io.npz").items()}
-    bounds = json.loads((shared / "fixtures/tolerances.json").read_text())[f"gen/{name}"]
-    return arrays, {key: bound["tol"] for key, bound in bounds.items()}
-
-
 @pytest.mark.parametrize("name", RELEASED)
 @torch.no_grad()
 def test_recorded_outputs_of_the_reference(shared, name):
-    io, bounds = recorded(shared, name)
+    io, bounds = recorded(shared, f"gen/{name}/io"), bounds_of(shared, f"gen/{name}")
     model = DriftingGenerator.from_release(shared / f"fixtures/gen/{name}").eval()
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
     model, noise = model.to(dtype), io["noise_x"].permute(0, 3, 1, 2).to(dtype)
@@ -79,7 +73,7 @@ def test_recorded_outputs_of_the_reference(shared, name):
 @pytest.mark.parametrize("name", ["release_like", "pixel_like"])
 @torch.no_grad()
 def test_recorded_outputs_in_half_precision(shared, name, dtype, bound):
-    io, _ = recorded(shared, name)
+    io = recorded(shared, f"gen/{name}/io")
     model = DriftingGenerator.from_release(shared / f"fixtures/gen/{name}", dtype=dtype)
     got = model(io["noise_x"].permute(0, 3, 1, 2).to(dtype), io["labels"].long(), io["cfg_vec"], io["noise_labels"].long()).sample
     assert got.dtype == dtype

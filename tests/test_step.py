@@ -9,6 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+from recordings import assert_recorded, bounds_of, recorded
+from release_files import gradients_to_release
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -16,22 +18,6 @@ from drifting_diffusers import DriftingConfig, DriftingField, DriftingGenerator,
 from drifting_diffusers.config import learning_rate_at
 from drifting_diffusers.encoders import MaskedAutoencoder
 from drifting_diffusers.guidance import guidance_quantile, unconditional_weight
-from drifting_diffusers.layouts import generator_layout
-
-
-def recorded(shared, name: str) -> dict[str, Any]:
-    arrays = np.load(shared / f"fixtures/{name}.npz").items()
-    return {key: value.item() if value.dtype.kind == "U" else torch.from_numpy(value) for key, value in arrays}
-
-
-def bounds_of(shared, name: str) -> dict[str, float]:
-    return {key: bound["tol"] for key, bound in json.loads((shared / "fixtures/tolerances.json").read_text())[name].items()}
-
-
-def assert_recorded(value: Tensor, stored: Tensor, bound: float, name: str) -> None:
-    assert value.shape == stored.shape, name
-    assert (value.double() - stored.double()).abs().max() <= bound * stored.double().abs().max(), name
-
 
 # -- one step of the generator
 
@@ -55,7 +41,7 @@ def step(shared) -> dict[str, Any]:
     loss, measured = objective(generated.unflatten(0, (len(labels), each)), positives, negatives, masses)
     loss.backward()
 
-    gradients = release_gradients(generator)
+    gradients = gradients_to_release(generator)
     in_order = [measured[name] for name in about["features"]]
     plan = about["optimizer"]
     config = DriftingConfig("unused", learning_rate=plan["learning_rate"], warmup_steps=plan["warmup_steps"], max_steps=plan["total_steps"])
@@ -81,15 +67,6 @@ def step(shared) -> dict[str, Any]:
         "gradients": gradients,
         "bounds": bounds_of(shared, "step/latent"),
     }
-
-
-def release_gradients(generator: DriftingGenerator) -> dict[str, Tensor]:
-    """Gradients by the release's paths, where q, k and v are one matrix, and in the release's orientation."""
-    ours, found = {name: p.grad for name, p in generator.named_parameters()}, {}
-    for names, paths in generator_layout(generator.config):
-        parts = torch.cat([ours[name] for name in names]).chunk(len(paths))
-        found |= {path: part.T if path.endswith("/kernel") else part for path, part in zip(paths, parts, strict=True)}
-    return found
 
 
 def test_everything_recorded_of_the_step_is_compared(step):
