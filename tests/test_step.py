@@ -126,7 +126,7 @@ class Prescribed(DriftingObjective):
     def describe(self) -> dict[str, Any]:
         return {}
 
-    def __call__(self, *_: Any) -> Any:
+    def __call__(self, *_: Any, **__: Any) -> Any:
         b, w = next(self.gradients)
         return (self.model.b * b).sum() + (self.model.w * w).sum(), {}
 
@@ -149,15 +149,15 @@ def trajectory(shared, tmp_path):
         adam_beta2=float(io["b2"]), max_grad_norm=float(io["max_grad_norm"]), ema_decay=float(io["ema_decay"]),
     )  # fmt: skip
     trainer = DriftingTrainer(model, Prescribed(model, list(zip(io["grad_b"], io["grad_w"], strict=True))), noise_dataset(), config)
-    images, labels = trainer.train_data.gather(list(range(4)))
+    trainer._begin()
     ours: dict[str, list[Tensor]] = {}
     for _ in io["traj_lr"]:
-        outcome = trainer.training_step(images, labels)
+        outcome = trainer.training_step()
         after = {"lr": outcome["learning_rate"], "g_norm": outcome["grad_norm"]}
         for name in "bw":
             parameter = getattr(model, name)
             state = trainer.optimizer.state[parameter]
-            after |= {name: parameter, f"ema_{name}": getattr(trainer.ema.module, name)}
+            after |= {name: parameter, f"ema_{name}": getattr(trainer.ema.models[config.ema_decay], name)}
             after |= {f"mu_{name}": state["exp_avg"], f"nu_{name}": state["exp_avg_sq"]}
         for name, value in after.items():
             ours.setdefault(f"traj_{name}", []).append(torch.as_tensor(value).detach().clone())

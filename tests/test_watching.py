@@ -53,7 +53,7 @@ def test_the_best_weights_are_those_of_the_best_evaluation(images, tmp_path):
     run = watched(images, tmp_path / "run", metric_for_best_model="mine")
 
     def mine(x, y):
-        kept[run.step] = {name: value.clone() for name, value in run.ema.module.state_dict().items()}
+        kept[run.step] = {name: value.clone() for name, value in run.ema.models[0.999].state_dict().items()}
         return {"mine": values[run.step]}
 
     run.watcher.compute_metrics = mine

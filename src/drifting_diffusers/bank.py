@@ -13,7 +13,7 @@ class SampleBank:
         num_classes: classes; 1 for a bank of unconditional negatives, pushed with label 0.
         capacity: samples kept per class; the paper has 128, and 1000 for the unconditional bank.
         sample_shape: shape of one sample.
-        dtype: what samples are stored in.
+        dtype: what samples are stored in. uint8 is of images: [-1, 1] in 256 levels, exact for 8-bit images that were not resized.
         device: where they are stored; draws come from there.
     """
 
@@ -37,7 +37,7 @@ class SampleBank:
         return self.samples.shape[1]
 
     def push(self, samples: Tensor, labels: Int[Tensor, " n"]) -> None:
-        """Store samples [n, ...] of the given classes, in order.
+        """Store samples [n, ...] of the given classes, in order; see `stored` for how.
 
         Raises:
             ValueError: for shapes or labels that do not fit the bank; nothing is stored then.
@@ -47,7 +47,7 @@ class SampleBank:
                 f"samples must be [n, {', '.join(map(str, self.samples.shape[2:]))}] with labels [n], got {list(samples.shape)} and {list(labels.shape)}"
             )
         self._check_labels(labels)
-        samples = samples.to(self.samples)
+        samples = stored(samples.to(self.samples.device), self.samples.dtype)
         for label in labels.unique().tolist():
             new = samples[(labels == label).to(samples.device)][-self.capacity :]
             skipped = int((labels == label).sum()) - len(new)  # more than a whole ring: those would be overwritten at once
@@ -56,8 +56,13 @@ class SampleBank:
             self.next[label] = (self.next[label] + skipped + len(new)) % self.capacity
             self.count[label] = min(self.capacity, int(self.count[label]) + skipped + len(new))
 
+    def put(self, labels: Int[Tensor, " n"], places: Int[Tensor, " n"], samples: Tensor) -> None:
+        """Store samples [n, ...] in these places of the rings; what is the newest and how many there are does not change."""
+        device = self.samples.device
+        self.samples[labels.to(device), places.to(device)] = stored(samples.to(device), self.samples.dtype)
+
     def draw(self, labels: Int[Tensor, " l"], n: int, *, generator: torch.Generator) -> Float[Tensor, "l n *shape"]:
-        """N samples of each label: distinct ones where the bank holds n of that class, else with repeats.
+        """N samples of each label, as they are stored: distinct ones where the bank holds n of that class, else with repeats.
 
         Raises:
             ValueError: for no labels, labels that do not fit the bank, or n below 1.
@@ -92,3 +97,15 @@ class SampleBank:
         self.samples.copy_(state["samples"])
         self.next.copy_(state["next"])
         self.count.copy_(state["count"])
+
+
+def stored(samples: Tensor, dtype: torch.dtype) -> Tensor:
+    """Samples as a bank keeps them: images in [-1, 1] as 0 to 255 in uint8, anything else cast."""
+    if dtype == torch.uint8 and samples.is_floating_point():
+        samples = ((samples.float() + 1) * 127.5).round().clamp(0, 255)
+    return samples.to(dtype)
+
+
+def restored(samples: Tensor) -> Tensor:
+    """What a bank drew, in float32: images in [-1, 1] from uint8."""
+    return samples.float() / 127.5 - 1 if samples.dtype == torch.uint8 else samples.float()

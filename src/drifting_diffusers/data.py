@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -74,9 +74,9 @@ def open_images(name: str, split: str) -> Dataset:
     return cast(Dataset, load_dataset(name, split=split))
 
 
-def label_names(dataset: Dataset, label_column: str) -> list[str] | None:
-    """The names of a ClassLabel column; None where labels are plain integers."""
-    feature = dataset.features[label_column]
+def label_names(dataset: Dataset | IterableDataset, label_column: str) -> list[str] | None:
+    """The names of a ClassLabel column; None where labels are plain integers, or where a stream does not say what it holds."""
+    feature = (dataset.features or {}).get(label_column)
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
@@ -87,11 +87,13 @@ class RealSamples(ABC):
         labels: [rows], integers.
         size: (height, width) of a sample.
         channels: of a sample.
+        names: of the classes by label, where they have names.
     """
 
     labels: np.ndarray
     size: tuple[int, int]
     channels: int
+    names: list[str] | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -130,8 +132,13 @@ class RealSamples(ABC):
 
     def per_class(self, n: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
         """The first n samples of every class, class by class; fewer where a class has fewer."""
-        chosen = [np.flatnonzero(self.labels == label)[:n] for label in np.unique(self.labels)]
-        return self.gather(np.concatenate(chosen).tolist())
+        return self.gather(np.concatenate(self.rows_per_class(n)).tolist())
+
+    def rows_per_class(self, n: int) -> list[np.ndarray]:
+        """Where they are, one array per class."""
+        order = np.argsort(self.labels, kind="stable")
+        firsts = np.unique(self.labels[order], return_index=True)[1]
+        return [rows[:n] for rows in np.split(order, firsts[1:])]
 
 
 def coin(seed: Sequence[int]) -> bool:
@@ -160,15 +167,17 @@ class LabelledImages(RealSamples):
         _check_columns(dataset, [image_column] + ([label_column] if num_classes else []))
         self.labels = np.asarray(dataset[label_column]) if num_classes else np.zeros(len(dataset), dtype=np.int64)
         _check_labels(self.labels, num_classes or 1, label_column)
-        self.dataset, self.image_column, self.size, self.channels = dataset, image_column, size, channels
+        self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
+        self.size, self.channels = size, channels
+        self.names = label_names(dataset, label_column) if num_classes else None
         self.gather([0])
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "c h w"], int]:
-        return self._tensor(index, self._read([index])[0]), int(self.labels[index])
+        return self.tensor(index, self._read([index])[0]), int(self.labels[index])
 
     def gather(self, rows: Sequence[int]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
         rows = list(rows)
-        images = [self._tensor(row, image) for row, image in zip(rows, self._read(rows), strict=True)]
+        images = [self.tensor(row, image) for row, image in zip(rows, self._read(rows), strict=True)]
         return torch.stack(images), torch.as_tensor(self.labels[rows], dtype=torch.long)
 
     def varied(self, rows: Sequence[int], seeds: Sequence[Sequence[int]], *, flip: bool) -> Float[Tensor, "n c h w"]:
@@ -189,7 +198,8 @@ class LabelledImages(RealSamples):
                 ) from error
         return [image for row in rows for image in self._read([row])]
 
-    def _tensor(self, row: int, image: Any) -> Float[Tensor, "c h w"]:
+    def tensor(self, row: int, image: Any) -> Float[Tensor, "c h w"]:
+        """An image that came as this row, in the form of the others."""
         where = f"row {row} of column {self.image_column!r}"
         if not isinstance(image, Image.Image):
             raise TypeError(f"{where} must be an image, got {_kind(image)}: {_way_out(image, self.image_column)}")

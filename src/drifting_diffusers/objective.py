@@ -165,6 +165,24 @@ class DriftingObjective:
             found = torch.autograd.grad(loss, list(leaves.values()))
         return dict(zip(leaves, found, strict=True)), loss.detach(), measured
 
+    def steep(
+        self,
+        generated: Float[Tensor, "l n c h w"],
+        positives: Float[Tensor, "l p *image"],
+        negatives: Float[Tensor, "l m *image"] | None = None,
+        negative_weights: Float[Tensor, " l"] | None = None,
+    ) -> list[str]:
+        """The features whose part of the gradient in the generated images is not finite, though all values are: a root at 0, a division by it."""
+        with torch.enable_grad():
+            images = generated.detach().requires_grad_()
+            features = self.problems(images)
+            with torch.no_grad():
+                repelling = {} if negatives is None else self.problems(negatives)
+                attracting = self.problems(positives)
+            slopes, _, _ = self.slopes(features, attracting, repelling, negative_weights)
+            part = lambda name: torch.autograd.grad((features[name] * slopes[name]).sum(), images, retain_graph=True)[0]
+            return [name for name in features if not bool(torch.isfinite(part(name)).all())]
+
     def _unpack(self, vectors: Float[Tensor, "n f"]) -> dict[str, Float[Tensor, "n l d"]]:
         sizes = [locations * channels for locations, channels in self._packed.values()]
         if sum(sizes) != vectors.shape[1]:

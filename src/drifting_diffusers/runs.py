@@ -4,6 +4,7 @@ output_dir/training_config.json   every choice of the config, written before ste
            training_setup.json    what is trained on what: generator, objective, data
            checkpoint-1000/       all state; written aside as checkpoint-1000.partial and renamed when whole
            log.jsonl              one line per log, evaluation included
+           trackers/              what trackers such as tensorboard write
            previews/              class grids while training
            best/                  the pipeline of the best evaluation so far, and best.json
            curves.png             distances and strengths over the steps
@@ -17,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import CONFIG_NAME, DriftingConfig
+from .config import CONFIG_NAME, RunConfig
+from .files import write_text
 
 SETUP_NAME = "training_setup.json"
 
@@ -30,7 +32,7 @@ class RunFolder:
         setup: what is trained on what, as JSON; a folder that holds another setup is refused as well.
     """
 
-    def __init__(self, config: DriftingConfig, setup: dict[str, Any]):
+    def __init__(self, config: RunConfig, setup: dict[str, Any]):
         self.path, self.config = Path(config.output_dir), config
         self.setup = json.loads(json.dumps(setup))  # tuples become lists, as they will be when read back
         self.check()
@@ -52,18 +54,20 @@ class RunFolder:
                 f"output_dir {str(self.path)!r} holds another run: {listed}; choose a new folder, or the old values to resume it"
             )
 
-    def _config_there(self) -> DriftingConfig:
+    def _config_there(self) -> RunConfig:
         try:
-            return DriftingConfig.from_folder(self.path)
-        except TypeError as error:  # a key that this version does not know
-            raise ValueError(f"{self.path / CONFIG_NAME} is of another version of this library: {error}; choose a new folder") from error
+            return type(self.config).from_folder(self.path)
+        except TypeError as error:  # a key that this config does not know
+            raise ValueError(
+                f"{self.path / CONFIG_NAME} is of another kind of run, or of another version of this library: {error}; choose a new folder"
+            ) from error
 
     def claim(self) -> None:
         """Write down config and setup, before any work."""
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / SETUP_NAME, json.dumps(self.setup, indent=2))
-        _write(self.path / CONFIG_NAME, self.config.to_json())
+        write_text(self.path / SETUP_NAME, json.dumps(self.setup, indent=2))
+        write_text(self.path / CONFIG_NAME, self.config.to_json())
 
     def checkpoints(self) -> dict[int, Path]:
         """The whole checkpoints by step, oldest first."""
@@ -74,20 +78,53 @@ class RunFolder:
                 found[int(number)] = path
         return dict(sorted(found.items()))
 
+    def newest(self, wanted: Path | None = None) -> tuple[int, Path]:
+        """The step and folder of the checkpoint to go on from; step 0 without one.
+
+        Raises:
+            FileNotFoundError: if the wanted one is no checkpoint.
+            ValueError: if this folder has a newer one than the wanted one.
+        """
+        step, folder = max(self.checkpoints().items(), default=(0, self.path))
+        if wanted is None:
+            return step, folder
+        number = wanted.name.removeprefix("checkpoint-")
+        if not (wanted / "trainer_state.json").exists() or not number.isdecimal():
+            raise FileNotFoundError(f"resume_from_checkpoint must be a folder checkpoint-STEP of a run, got {str(wanted)!r}")
+        if step > int(number):
+            raise ValueError(
+                f"resume_from_checkpoint is of step {number} and {str(self.path)!r} holds one of step {step}, which would be trained again: "
+                "remove the newer ones, or choose a new output_dir"
+            )
+        return int(number), wanted
+
     def save_checkpoint(self, step: int, write: Callable[[Path], object]) -> None:
         """Have `write` fill a folder and give it its name when it is on the disk; then drop the oldest beyond the limit."""
-        final = self.path / f"checkpoint-{step}"
-        partial = final.with_name(final.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        _to_disk(partial)
+        write(self.open_checkpoint(step))
+        self.close_checkpoint(step)
+
+    def open_checkpoint(self, step: int) -> Path:
+        """An empty folder for the state of this step, which is no checkpoint yet."""
+        aside = self.aside(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        return aside
+
+    def close_checkpoint(self, step: int) -> Path:
+        """Make that folder a checkpoint, once it is on the disk, and drop the oldest beyond the limit."""
+        aside, final = self.aside(step), self.path / f"checkpoint-{step}"
+        _to_disk(aside)
         if final.exists():  # the same step of the same run
             shutil.rmtree(final)
-        partial.rename(final)
+        aside.rename(final)
         _to_disk(self.path)
         for old in list(self.checkpoints().values())[: -self.config.save_total_limit]:
             shutil.rmtree(old)
+        return final
+
+    def aside(self, step: int) -> Path:
+        """Where the state of a step is written before it is a checkpoint."""
+        return self.path / f"checkpoint-{step}.partial"
 
     def log(self, entry: dict[str, Any]) -> None:
         with (self.path / "log.jsonl").open("a") as file:
@@ -102,7 +139,7 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop log lines of steps that a killed run took beyond its last checkpoint: they are about to be taken again."""
         kept = [entry for entry in self.history() if entry["step"] <= step]
-        _write(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_text(self.path / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -112,16 +149,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing or broken, so it cannot be told whose run this is; choose a new folder") from error
 
 
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
-    aside.replace(path)
-
-
 def _to_disk(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        if path.is_file() or path == folder:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+    """All files in the folder, and the folder's list of them."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

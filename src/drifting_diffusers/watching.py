@@ -17,14 +17,13 @@ from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor
 
-from .data import LabelledImages
+from .data import RealSamples
 from .evaluation import compare
+from .files import write_folder
 from .meters import FeatureSet, Reference, measure, moments_of, possible
 from .runs import RunFolder
+from .shapes import Float, Int
 from .sheets import training_curves
-
-Generate = Callable[[Tensor], Tensor]
-"""Samples [n, c, h, w] of these labels [n], always from the same noise."""
 
 SKIPPED = ("energy_per_class", "spread", "memorisation")  # the first two are `compare`'s, the last needs the whole training set
 
@@ -36,7 +35,8 @@ class Watcher:
 
     Args:
         run: the folder of the run.
-        data: held-out images, at least 4 per class.
+        data: held-out samples, at least 4 per class.
+        decode: latents [n, c, h, w] to images, for pictures and extractors; none for samples that are images.
         extractor: distances are taken in its features, and its other metrics are added where there are samples enough; pixels without one.
         compute_metrics: further numbers, from images [n, c, h, w] in [-1, 1] and their labels [n].
 
@@ -47,12 +47,14 @@ class Watcher:
     def __init__(
         self,
         run: RunFolder,
-        data: LabelledImages,
+        data: RealSamples,
         *,
+        decode: Callable[[Tensor], Tensor] | None = None,
         extractor: Any | None = None,
         compute_metrics: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
     ):
         self.run, self.data, self.extractor, self.compute_metrics = run, data, extractor, compute_metrics
+        self.decode = decode or (lambda samples: samples)
         labels, counts = np.unique(data.labels, return_counts=True)
         scarce = labels[counts < 4].tolist()  # half of a class is the reference, half the control, and a spread needs two
         if scarce:
@@ -60,12 +62,20 @@ class Watcher:
                 f"classes {scarce} have fewer than 4 images to evaluate with; hold out more of them, or pass another eval_dataset"
             )
 
-    def numbers(self, generate: Generate) -> dict[str, float]:
-        """Distances of generated to held-out images beside those of real ones; see `compare` and `meters.METRICS`."""
-        images, labels = self.data.per_class(2 * self.run.config.eval_samples_per_class)
+    def wanted(self) -> Int[Tensor, " n"]:
+        """The labels of the samples that `numbers` takes."""
+        labels = torch.as_tensor(np.concatenate([self.data.labels[rows] for rows in self.data.rows_per_class(self._each)]))
+        return labels[halves(labels)[1]]
+
+    @property
+    def _each(self) -> int:
+        return 2 * self.run.config.eval_samples_per_class
+
+    def numbers(self, generated: Float[Tensor, "n c h w"]) -> dict[str, float]:
+        """Distances of generated to held-out samples beside those of real ones; see `compare` and `meters.METRICS`."""
+        images, labels = self.data.per_class(self._each)
         reference, control = halves(labels)
         wanted = labels[control]
-        generated = generate(wanted)
         drawn, known, other = (
             self._see(x, y) for x, y in ((generated, wanted), (images[reference], labels[reference]), (images[control], wanted))
         )
@@ -80,7 +90,7 @@ class Watcher:
     def _see(self, images: Tensor, labels: Tensor) -> FeatureSet:
         if self.extractor is None:
             return FeatureSet(images.flatten(1), labels)
-        parts = [self.extractor(part)["features"].float().cpu() for part in images.split(100)]
+        parts = [self.extractor(self.decode(part))["features"].float().cpu() for part in images.split(100)]
         return FeatureSet(torch.cat(parts), labels)
 
     def _more(self, drawn: FeatureSet, known: FeatureSet, other: FeatureSet) -> dict[str, float]:
@@ -92,13 +102,14 @@ class Watcher:
         look = lambda seen: measure(seen, reference, extractor=self.extractor, metrics=names)
         return look(drawn) | {f"{name}_real": value for name, value in look(other).items()}
 
-    def preview(self, generate: Generate, classes: int, step: int) -> None:
-        """A grid of up to 10 classes, one per column."""
-        shown = torch.arange(min(classes or 1, 10))
-        images = cast(list[Image], VaeImageProcessor().postprocess(generate(shown.repeat(4)), output_type="pil"))
+    def preview(self, samples: Float[Tensor, "n c h w"], step: int) -> list[Image]:
+        """A grid with the samples of a class, 4 of each side by side in `samples`, in one column; returns its pictures, row by row."""
+        ordered = samples.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
+        images = cast(list[Image], VaeImageProcessor().postprocess(self.decode(ordered), output_type="pil"))
         folder = self.run.path / "previews"
         folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows=4, cols=len(shown)).save(folder / f"step-{step:06d}.png")
+        make_image_grid(images, rows=4, cols=len(images) // 4).save(folder / f"step-{step:06d}.png")
+        return images
 
     def curves(self, history: list[dict[str, Any]]) -> None:
         """`curves.png` of the run, where matplotlib is there to draw it."""
@@ -128,12 +139,12 @@ class Watcher:
         best = self.best()
         if best is not None and best["metric"] == metric and sign * best["value"] <= sign * found[metric]:
             return False
-        part = self.best_folder.with_name("best.partial")
-        shutil.rmtree(part, ignore_errors=True)
-        pipeline.save_pretrained(part)
-        (part / "best.json").write_text(json.dumps({"step": step, "metric": metric, "value": found[metric]}))
-        shutil.rmtree(self.best_folder, ignore_errors=True)
-        part.rename(self.best_folder)
+
+        def fill(folder: Path) -> None:
+            pipeline.save_pretrained(folder)
+            (folder / "best.json").write_text(json.dumps({"step": step, "metric": metric, "value": found[metric]}))
+
+        write_folder(self.best_folder, fill)
         return True
 
     def forget_after(self, step: int) -> None:

@@ -1,0 +1,352 @@
+"""The loop of every training run: devices, precision, order, checkpoints, logs, callbacks, pushes. What a step computes is its subclass's.
+
+A run is a function of its config: everything random in step k is a function of (seed, k), every checkpoint holds all state, and one that was killed
+goes on as the run that never stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+from transformers.trainer_callback import TrainerCallback
+
+from .averaging import AveragedWeights
+from .callbacks import Events
+from .config import RunConfig, learning_rate_at
+from .draws import random_stream
+from .losses import NonFinite
+from .runs import RunFolder
+
+PREEMPTED = 75
+"""The exit code of a run that was told to go away (SIGTERM) and left a checkpoint: EX_TEMPFAIL, try again."""
+TIMING = ("samples_per_second", "waiting_share", "hours_left")
+"""Entries of a log that depend on the machine, not on the run."""
+
+COUNTS = ("skipped_steps", "overflows")
+"""Entries of a log since steps were skipped, or left out by the scaler of float16."""
+
+
+class TrainingLoop:
+    """What is the same for every network that is trained here.
+
+    Subclasses call `__init__`, make their `run`, call `_prepare`, and give `samples_per_step`, `training_step` and what is looked at.
+
+    Args:
+        config: the choices of the run.
+        callbacks: of transformers, instances or classes.
+    """
+
+    samples_per_step: int
+    run: RunFolder
+
+    def __init__(self, config: RunConfig, callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()):
+        self.config: Any = config
+        folder = Path(config.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=list(config.report_to) or None,
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers")),
+        )
+        if config.allow_tf32:
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+        self.events = Events(config, callbacks, main=self.accelerator.is_main_process)
+        self.step = self.skipped = self.overflows = 0
+        self.seconds = 0.0  # of training, evaluations and checkpoints included, before and after every resume
+        self.log_history: list[dict[str, Any]] = []
+        self._waited = 0.0  # seconds since the last log in which a step waited for real samples
+        self._logged = (0, time.monotonic())
+
+    def _prepare(self, model: Any, parts: Sequence[Any]) -> None:
+        """Wrap the network and build what trains it.
+
+        Args:
+            model: in float32.
+            parts: further state of checkpoints, objects with a `state_dict`.
+        """
+        config = self.config
+        self.ema = AveragedWeights(model, config.ema_decays)
+        for averaged in self.ema.models.values():
+            averaged.to(self.accelerator.device)
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if config.torch_compile:
+            model.compile_repeated_blocks()
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,  # one pass over the parameters
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # Not prepared: Accelerate would step it once per process.
+        self.schedule = LambdaLR(optimizer, lambda step: learning_rate_at(step, config) / config.learning_rate)
+        self.accelerator.register_for_checkpointing(self.schedule, self.ema, *parts)
+        self.events.of(self.model, self.optimizer, self.schedule)
+
+    # -- what a subclass gives
+
+    def training_step(self) -> dict[str, Any]:
+        """One update, by way of `_update`, and what was measured. Raises NonFinite for a step that must be skipped."""
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """Before step 0 of a run that starts."""
+
+    def _look(self, bar: tqdm | None = None) -> None:
+        """After a step, or a checkpoint was loaded: what is due of evaluations and pictures. On every process."""
+
+    def _end(self) -> dict[str, float]:
+        """After the last step: the last evaluation."""
+        return {}
+
+    def _close(self) -> None:
+        """Whatever happens, at the end of `train`."""
+
+    def _save_model(self, folder: Path) -> None:
+        """What is published of this run."""
+        raise NotImplementedError
+
+    # -- the loop
+
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> dict[str, float]:
+        """Train to `config.max_steps`, from the newest checkpoint in the output folder if there is one, and return the last evaluation.
+
+        Told to go away (SIGTERM) it writes a checkpoint and leaves with the exit code `PREEMPTED`; the same command goes on.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder of this run to start from in place of that; it must be the newest one of the output folder, or
+                the output folder must have none. "latest" is as if not given.
+        """
+        self._restore(resume_from_checkpoint or self.config.resume_from_checkpoint)
+        if self.step == 0:
+            self._on_main(lambda: self.run.forget_after(0))  # of a run that was killed before its first checkpoint
+            self._begin()
+        with self._trackers(), Termination() as termination:
+            try:
+                self._run(termination)
+                found = self._end()
+            finally:
+                self._close()
+            self.events("on_train_end", self.step)
+        return found
+
+    def _run(self, termination: "Termination") -> None:
+        started = time.monotonic() - self.seconds
+        self._logged = (self.step, time.monotonic())
+        self.events("on_train_begin", self.step)
+        shown = {"total": self.config.max_steps, "initial": self.step, "desc": "training", "unit": "step", "dynamic_ncols": True}
+        with tqdm(**shown, disable=not self.accelerator.is_main_process) as bar:
+            while self.step < self.config.max_steps and not self.events.control.should_training_stop:
+                self.events("on_step_begin", self.step)
+                outcome = self._attempt()
+                self.seconds = time.monotonic() - started
+                bar.update()
+                self._after_step(outcome, bar)
+                if self._any(termination.asked):
+                    self._leave()
+
+    def _attempt(self) -> dict[str, Any]:
+        try:
+            return self.training_step()
+        except NonFinite as error:
+            self._skip(error)
+            return {}
+
+    def _skip(self, error: NonFinite) -> None:
+        """Leave this step out; its random numbers are spent and the schedule goes on, so what follows is a function of the step as ever."""
+        self.skipped += 1
+        if self.skipped > self.config.max_skipped_steps:
+            raise FloatingPointError(
+                f"step {self.step} is not finite, and {self.skipped - 1} were skipped before (max_skipped_steps={self.config.max_skipped_steps}): "
+                f"{error}. Sound checkpoints of steps {list(self.run.checkpoints())} are in {self.run.path}; a lower learning rate is another "
+                "run: choose a new output_dir"
+            ) from error
+        warnings.warn(f"step {self.step} is skipped ({self.skipped} so far): {error}", RuntimeWarning, stacklevel=3)
+        self.optimizer.zero_grad()
+        self._advance()
+
+    def _update(self, blame: Callable[[], str]) -> dict[str, Any]:
+        """Clip, update, average; the gradient is there.
+
+        Args:
+            blame: says where a gradient that is not finite comes from.
+        """
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        scaler = self.accelerator.scaler
+        overflown = not bool(torch.isfinite(norm))
+        if overflown and (scaler is None or scaler.get_scale() <= 1):
+            raise NonFinite(f"the norm of the gradient is {float(norm)}: {blame()}")
+        learning_rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()  # in float16 the scaler leaves an overflown one out and scales less from then on
+        self.optimizer.zero_grad()
+        if overflown:
+            self.overflows += 1
+        else:
+            self.ema.update(self.accelerator.unwrap_model(self.model))
+        self._advance()
+        return {"learning_rate": learning_rate, "grad_norm": norm}
+
+    def _advance(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the first step may be one that is skipped
+            self.schedule.step()
+        self.step += 1
+
+    def _after_step(self, outcome: dict[str, Any], bar: tqdm) -> None:
+        wishes = dataclasses.replace(self.events("on_step_end", self.step))
+        last = self.step == self.config.max_steps
+        if outcome and (self.step % self.config.logging_steps == 0 or last or wishes.should_log):
+            self._log(self._scalars(outcome) | self._timing())
+        if self.step % self.config.save_steps == 0 or last or wishes.should_save:  # before anything that a user's code may break
+            self._save_checkpoint()
+        self._look(bar)
+
+    def _scalars(self, outcome: dict[str, Any]) -> dict[str, float]:
+        """A step's outcome as flat numbers."""
+        raise NotImplementedError
+
+    def _timing(self) -> dict[str, float]:
+        """Of the steps since the last log: what a machine is bought by."""
+        (step, then), now = self._logged, time.monotonic()
+        self._logged, waited, self._waited = (self.step, now), self._waited, 0.0
+        per_step = (now - then) / max(1, self.step - step)
+        left = per_step * (self.config.max_steps - self.step) / 3600
+        values = (self.samples_per_step / max(per_step, 1e-9), waited / max(now - then, 1e-9), left)
+        return dict(zip(TIMING, values, strict=True))
+
+    def _log(self, entry: dict[str, float], event: str = "on_log") -> None:
+        counted = {name: count for name, count in zip(COUNTS, (self.skipped, self.overflows), strict=True) if count}
+        entry = {"step": self.step, **entry, **counted}
+        self.log_history.append(entry)
+        self._on_main(lambda: self.run.log(entry))
+        self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=self.step)
+        self.events.state.log_history = self.log_history
+        self.events(event, self.step, logs=dict(entry))
+
+    @contextlib.contextmanager
+    def _trackers(self) -> Iterator[None]:
+        if not self.config.report_to:
+            yield
+            return
+        flat = {
+            name: value if isinstance(value, int | float | str) else str(value) for name, value in dataclasses.asdict(self.config).items()
+        }
+        name = self.config.run_name or self.run.path.name
+        self.accelerator.init_trackers(self.config.project, config=flat, init_kwargs={"wandb": {"name": name}, "trackio": {"name": name}})
+        try:
+            yield
+        finally:
+            self.accelerator.end_training()
+
+    # -- processes
+
+    def _on_main(self, write: Callable[[], object]) -> None:
+        """Have one process write; the others wait."""
+        if self.accelerator.is_main_process:
+            write()
+        self.accelerator.wait_for_everyone()
+
+    def _from_main(self, look: Callable[[], Any]) -> Any:
+        """What one process found, on all of them."""
+        box = [look() if self.accelerator.is_main_process else None]
+        return broadcast_object_list(box)[0]
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it is so on any process: all must do the same."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
+        return bool(flags > 0)  # pyright: ignore[reportOperatorIssue]
+
+    def _mean(self, totals: Tensor, weights: Tensor) -> Tensor:
+        """`fields.Mean` over all processes, in one message."""
+        sums = torch.cat([totals.sum(-1).reshape(-1), weights.sum().reshape(1)])
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        return (sums[:-1] / sums[-1]).reshape(totals.shape[:-1])
+
+    def _rng(self, *name: int) -> torch.Generator:
+        return random_stream(self.config.seed, *name)
+
+    # -- checkpoints
+
+    def _save_checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            self.run.open_checkpoint(self.step)
+        self.accelerator.wait_for_everyone()
+        self._save_state(self.run.aside(self.step))
+        self.accelerator.wait_for_everyone()
+        self._on_main(lambda: self.run.close_checkpoint(self.step))
+        self.events("on_save", self.step)
+
+    def _save_state(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))  # on every process: each has random numbers of its own
+        counts = {"step": self.step, "seconds": self.seconds, "skipped": self.skipped, "overflows": self.overflows}
+        if self.accelerator.is_main_process:
+            (folder / "trainer_state.json").write_text(json.dumps(counts | self.events.state_dict()))
+
+    def _restore(self, wanted: str | Path | None = None) -> None:
+        """Claim the folder, and load its newest checkpoint if that is ahead of what this trainer holds."""
+        self._on_main(self.run.claim)
+        newest, folder = self.run.newest(None if wanted in (None, "latest") else Path(wanted))
+        if newest <= self.step:
+            return
+        try:
+            self.accelerator.load_state(str(folder))
+            counts = json.loads((folder / "trainer_state.json").read_text())
+        except Exception as error:
+            raise RuntimeError(
+                f"the checkpoint {folder} cannot be read ({error}); remove this folder to go on from the one before"
+            ) from error
+        self.step, self.seconds, self.skipped, self.overflows = newest, counts["seconds"], counts["skipped"], counts["overflows"]
+        self.events.load_state_dict(counts)
+        self._on_main(lambda: self.run.forget_after(self.step))
+        self.log_history = self.run.history()
+        self.events.state.log_history = self.log_history
+        self._restored()
+        self.accelerator.print(f"Resuming from {folder}")
+
+    def _restored(self) -> None:
+        """After a checkpoint was loaded."""
+
+    def _leave(self) -> None:
+        """Make way for whoever sent SIGTERM."""
+        if self.step not in self.run.checkpoints():
+            self._save_checkpoint()
+        self.accelerator.print(f"Told to stop: step {self.step} is saved in {self.run.path}, the same command goes on from there")
+        raise SystemExit(PREEMPTED)
+
+
+class Termination:
+    """Within it SIGTERM is remembered in `asked` in place of ending the process; outside the main thread signals are not ours to catch."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Termination":
+        self._mine = threading.current_thread() is threading.main_thread()
+        if self._mine:
+            self._before = signal.signal(signal.SIGTERM, self._remember)
+        return self
+
+    def _remember(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self._mine:
+            signal.signal(signal.SIGTERM, self._before)
