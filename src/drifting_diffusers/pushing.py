@@ -59,8 +59,8 @@ class Pusher:
     """Uploads folders to one repository, one after the other, in a background thread that neither training nor the interpreter's exit waits for.
 
     Errors of the network and of the server are retried, with waits that double; what does not pass is told as a warning and kept in `failures`. A
-    request to a server that never answers is never given up by huggingface_hub: later pushes then wait, and `finish` says so. Only where hf_xet is missing, exit waits for large files on
-    their way: huggingface_hub then sends them from threads of its own.
+    request to a server that never answers is never given up by huggingface_hub: later pushes then wait, and `finish` says so. Only where hf_xet is
+    missing, exit waits for large files on their way: huggingface_hub then sends them from threads of its own.
 
     Args:
         repo_id: the repository, made if it is new; without a user's name it is the token's own.
