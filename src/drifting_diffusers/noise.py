@@ -1,7 +1,7 @@
 """Normal numbers by key: the noise of a sample is a function of its key, whatever is drawn beside it, on every machine.
 
 Counters pass through SplitMix64 (Steele, Lea and Flood 2014), 16 bits of what comes out choose a quantile. That is computed for many samples at once, where
-numpy needs one generator per sample and a tenth of the speed; torch's generators look at 32 bits of their seed only on a CPU, and at 16 numbers and
+numpy needs one generator per sample and has a sixth of the speed; torch's generators look at 32 bits of their seed only on a CPU, and at 16 numbers and
 fewer take another way.
 """
 
