@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.testing import assert_close
 
-from drifting_diffusers.data import LabelledImages, ShuffledOrder, label_names, to_tensor
+from drifting_diffusers.data import LabelledImages, ShuffledOrder, label_names, random_box, to_tensor
 
 
 def dataset(labels=(0, 1, 0, 1, 2), size=(8, 8), names=("a", "b", "c"), mode="RGB"):
@@ -236,3 +236,53 @@ def test_the_rows_can_be_iterated():
 def test_unconditional_data_need_no_labels():
     data = view(dataset().remove_columns("label"), num_classes=0)
     assert set(data.labels.tolist()) == {0}
+
+
+def test_random_boxes_have_the_areas_and_aspect_ratios_asked_for():
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_box(200, 150, area_min=0.2, rng=rng) for _ in range(4000)])
+    left, top, right, bottom = boxes.T
+    assert boxes.min() >= 0
+    assert (right.max(), bottom.max()) == (200, 150)
+    areas, aspects = (right - left) * (bottom - top) / (200 * 150), (right - left) / (bottom - top)
+    assert 0.19 < areas.min() < 0.22
+    assert 0.95 < areas.max() <= 1
+    assert 0.74 < aspects.min() < 0.77
+    assert 1.3 < aspects.max() < 1.35
+    assert len({tuple(box) for box in boxes}) > 3900
+    small = areas < 0.4  # of which nothing is tried again
+    assert abs(np.median(np.log(aspects[small]))) < 0.03  # log-uniform around 1
+    assert abs(np.mean(left[small] / (200 - (right - left)[small])) - 0.5) < 0.03  # anywhere
+
+
+@pytest.mark.parametrize(("size", "box"), [((90, 10), (38, 0, 51, 10)), ((10, 90), (0, 38, 10, 51))])
+def test_where_no_box_fits_it_is_the_centre(size, box):
+    assert random_box(*size, area_min=1, rng=np.random.default_rng(0)) == box
+
+
+def test_varied_images_are_crops_that_are_functions_of_their_seeds():
+    ramp = np.add.outer(np.arange(32), 4 * np.arange(40)).astype(np.uint8)  # value = row + 4 * column
+    features = Features({"image": Image(), "label": ClassLabel(names=["a"])})
+    data = Dataset.from_dict({"image": [PILImage.fromarray(ramp)] * 2, "label": [0, 0]}, features=features)
+    cropped, plain = (view(data, channels=1, num_classes=1, crop_area_min=area) for area in (0.2, 1.0))
+    seeds = [(5, k) for k in range(20)]
+    images = cropped.varied([0] * 20, seeds, flip=False)
+    assert images.shape == (20, 1, 8, 8)
+    assert len(images.unique(dim=0)) == 20
+    assert_close(cropped.varied([1, 0], [seeds[7], seeds[3]], flip=False), images[[7, 3]], rtol=0, atol=0)
+    extent = (images[:, 0, 0, -1] - images[:, 0, 0, 0]) * 127.5 / 4 / 40  # share of the width that is seen
+    assert 0.3 < extent.min() < extent.max() <= 1
+    mirrored = cropped.varied([0] * 20, seeds, flip=True)
+    heads = (mirrored != images).flatten(1).any(1)
+    assert_close(torch.where(heads[:, None, None, None], images.flip(3), images), mirrored, rtol=0, atol=0)
+    assert 4 < heads.sum() < 16
+    for area_min in (0.2, 1.0):
+        assert_close(view(data, channels=1, num_classes=1, crop_area_min=area_min).gather([0])[0], plain.gather([0])[0])
+    assert_close(plain.varied([0], [(5, 0)], flip=False), plain.gather([0])[0], rtol=0, atol=0)
+
+
+def test_classes_may_be_without_an_image_where_that_is_said():
+    data = dataset(labels=(0, 2, 2))
+    assert view(data, complete=False).labels.tolist() == [0, 2, 2]
+    with pytest.raises(ValueError, match=r"classes \[1\] have no image"):
+        view(data)

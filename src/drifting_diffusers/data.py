@@ -1,10 +1,11 @@
 """From a `datasets.Dataset` to (image in [-1, 1], label), in an order that is a function of the seed and the position alone."""
 
+import functools
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,16 @@ from .shapes import Float, Int
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels of a sample -> the PIL mode its image is read in
 READABLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I;16", "I;16L", "I;16B", "I;16N")
 """The PIL modes whose range of values is known. That of "I" and "F" is not: PIL would clip them to 0 and 255."""
+ASPECTS = (3 / 4, 4 / 3)  # of random crops, width over height
+Box = tuple[int, int, int, int]
 
 
-def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Float[Tensor, "c h w"]:
+def to_tensor(
+    image: Image.Image, size: tuple[int, int], channels: int, crop: Callable[[int, int], Box] | None = None
+) -> Float[Tensor, "c h w"]:
     """The image in [-1, 1], its shorter side resized (Lanczos) and its centre cropped to (height, width) where it is not that size already.
+
+    With `crop`, (width, height) -> (left, top, right, bottom), that part is resized to this size in place of it, whatever its aspect ratio.
 
     It is turned upright as its EXIF data say. Grey of 16 bits keeps its precision, 65535 is 1. For 1 or 3 channels what is transparent shows white
     behind it; 4 channels are read from RGBA images alone.
@@ -33,7 +40,9 @@ def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Float
     _check_channels(channels)
     height, width = size
     image = _converted(ImageOps.exif_transpose(image), channels)
-    if image.size != (width, height):
+    if crop is not None:
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=crop(*image.size))
+    elif image.size != (width, height):
         image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)).reshape(height, width, -1).clamp(0, 255)  # in mode F Lanczos overshoots
     return pixels.permute(2, 0, 1).expand(channels, -1, -1) / 127.5 - 1
@@ -56,6 +65,23 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(MODES[channels])
+
+
+def random_box(width: int, height: int, *, area_min: float, rng: np.random.Generator) -> Box:
+    """A part of an image, (left, top, right, bottom), as torchvision's RandomResizedCrop is documented to choose it.
+
+    Its share of the area is uniform in [area_min, 1], its aspect ratio log-uniform in `ASPECTS`, its place uniform. Ten times is tried for one that
+    fits; then it is the largest in the centre whose aspect ratio lies there.
+    """
+    low, high = ASPECTS
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(area_min, 1), np.exp(rng.uniform(np.log(low), np.log(high)))
+        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = max(1, min(width, round(height * high))), max(1, min(height, round(width / low)))
+    return (width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h
 
 
 def open_images(name: str, split: str) -> Dataset:
@@ -153,22 +179,36 @@ class LabelledImages(RealSamples):
         dataset: a map-style dataset with images and integer labels.
         size: (height, width) of the tensors.
         channels: 1 for grey, 3 for RGB, 4 for RGBA.
-        num_classes: labels must lie in [0, num_classes) and every class must have an image; 0 ignores labels (all become 0).
+        num_classes: labels must lie in [0, num_classes); 0 ignores them (all become 0).
         image_column: the column of images.
         label_column: the column of labels.
+        complete: whether every class must have an image.
+        crop_area_min: `varied` shows a random part of every image, of at least this share of its area, in (0, 1]; see `random_box`. With 1 it shows
+            what `gather` does.
 
     Raises:
         ValueError: for missing columns, labels out of range, classes without an image, or a first image that cannot be read.
         TypeError: for a dataset of another kind, or a column that holds no images.
     """
 
-    def __init__(self, dataset: Dataset, *, size: tuple[int, int], channels: int, num_classes: int, image_column: str, label_column: str):
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        size: tuple[int, int],
+        channels: int,
+        num_classes: int,
+        image_column: str,
+        label_column: str,
+        complete: bool = True,
+        crop_area_min: float = 1.0,
+    ):
         _check_channels(channels)
         _check_columns(dataset, [image_column] + ([label_column] if num_classes else []))
         self.labels = np.asarray(dataset[label_column]) if num_classes else np.zeros(len(dataset), dtype=np.int64)
-        _check_labels(self.labels, num_classes or 1, label_column)
+        _check_labels(self.labels, num_classes or 1, label_column, complete)
         self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
-        self.size, self.channels = size, channels
+        self.size, self.channels, self.crop_area_min = size, channels, crop_area_min
         self.names = label_names(dataset, label_column) if num_classes else None
         self.gather([0])
 
@@ -181,11 +221,16 @@ class LabelledImages(RealSamples):
         return torch.stack(images), torch.as_tensor(self.labels[rows], dtype=torch.long)
 
     def varied(self, rows: Sequence[int], seeds: Sequence[Sequence[int]], *, flip: bool) -> Float[Tensor, "n c h w"]:
-        images, _ = self.gather(rows)
+        images = self.gather(rows)[0] if self.crop_area_min == 1 else self._cropped(list(rows), seeds)
         if not flip:
             return images
         mirrored = torch.tensor([coin(seed) for seed in seeds])[:, None, None, None]
         return torch.where(mirrored, images.flip(3), images)
+
+    def _cropped(self, rows: list[int], seeds: Sequence[Sequence[int]]) -> Float[Tensor, "n c h w"]:
+        rngs = [np.random.default_rng((*seed, 1)) for seed in seeds]  # the coin of a seed throws with the seed alone
+        crops = [functools.partial(random_box, area_min=self.crop_area_min, rng=rng) for rng in rngs]
+        return torch.stack([self.tensor(*shown) for shown in zip(rows, self._read(rows), crops, strict=True)])
 
     def _read(self, rows: Sequence[int]) -> list[Any]:
         """The entries of these rows, decoded; the first that cannot be is named."""
@@ -198,13 +243,13 @@ class LabelledImages(RealSamples):
                 ) from error
         return [image for row in rows for image in self._read([row])]
 
-    def tensor(self, row: int, image: Any) -> Float[Tensor, "c h w"]:
-        """An image that came as this row, in the form of the others."""
+    def tensor(self, row: int, image: Any, crop: Callable[[int, int], Box] | None = None) -> Float[Tensor, "c h w"]:
+        """An image that came as this row, or a part of it, in the form of the others."""
         where = f"row {row} of column {self.image_column!r}"
         if not isinstance(image, Image.Image):
             raise TypeError(f"{where} must be an image, got {_kind(image)}: {_way_out(image, self.image_column)}")
         try:
-            return to_tensor(image, self.size, self.channels)
+            return to_tensor(image, self.size, self.channels, crop)
         except (OSError, ValueError) as error:
             raise ValueError(f"{where} cannot be read: {error}") from error
 
@@ -260,7 +305,7 @@ def _check_columns(dataset: Dataset, columns: list[str]) -> None:
         raise ValueError("the dataset is empty")
 
 
-def _check_labels(labels: np.ndarray, num_classes: int, label_column: str) -> None:
+def _check_labels(labels: np.ndarray, num_classes: int, label_column: str, complete: bool) -> None:
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"column {label_column!r} must hold integers, got {labels.dtype}; use dataset.class_encode_column({label_column!r})"
@@ -272,8 +317,8 @@ def _check_labels(labels: np.ndarray, num_classes: int, label_column: str) -> No
         )
     if labels.max() >= num_classes:
         raise ValueError(
-            f"labels must lie in [0, {num_classes}), got values from {labels.min()} to {labels.max()}; build the generator with num_classes={labels.max() + 1}"
+            f"labels must lie in [0, {num_classes}), got values from {labels.min()} to {labels.max()}; build the network with num_classes={labels.max() + 1}"
         )
     empty = sorted(set(range(num_classes)) - set(np.unique(labels).tolist()))
-    if empty:
+    if empty and complete:
         raise ValueError(f"classes {empty} have no image; remove them from the labels or build the generator with fewer num_classes")

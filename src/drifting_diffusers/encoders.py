@@ -118,6 +118,7 @@ class MaskedAutoencoder(PushWithCard, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock", "UpBlock"]
+    _repeated_blocks = ["ResidualBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
