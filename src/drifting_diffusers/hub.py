@@ -5,6 +5,7 @@ diffusers loads a class it does not ship only from a file in the repository. So 
 while our own class reads the names back as what they stand for, runs nothing from the repository and needs no trust.
 """
 
+import copy
 import json
 import math
 import os
@@ -108,14 +109,17 @@ class PushWithCard:
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As in diffusers. With `push_to_hub` the repository `repo_id` (by default the folder's name) gets our card unless it has its own README."""
+        """As in diffusers; adapters become part of the weights.
+
+        With `push_to_hub` the repository `repo_id` (by default the folder's name) gets our card unless it has its own README.
+        """
         # By name, because a pipeline asks its components' signatures what it may pass on.
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         options |= {"use_flashpack": use_flashpack}
         defaults = {"safe_serialization": True, "use_flashpack": False}
         kwargs |= {name: value for name, value in options.items() if value != defaults.get(name)}
         pushing = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "token", "create_pr") if key in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super(PushWithCard, with_plain_weights(self)).save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if push_to_hub and kwargs.get("is_main_process", True):
             upload(self, save_directory, pushing.pop("repo_id", Path(save_directory).name), **pushing)
 
@@ -134,6 +138,16 @@ class PushWithCard:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size)
             return upload(self, folder, repo_id, **kwargs)
+
+
+def with_plain_weights(model: Any) -> Any:
+    """The model; of one with LoRA adapters a copy whose adapters are part of its weights, so that it loads without peft."""
+    if not getattr(model, "peft_config", None):
+        return model
+    plain = copy.deepcopy(model)
+    plain.fuse_lora()
+    plain.unload_lora()
+    return plain
 
 
 def upload(
@@ -183,7 +197,8 @@ def model_card(pipeline: DiffusionPipeline, results: Mapping[str, Any] | None = 
     Args:
         pipeline: the pipeline that is published.
         results: {"metrics": {"fid": 12.3}} and how they were made: "dataset" and "license" go into the metadata as well, every other entry
-            (seeds, number of samples, command, commit) is printed as it is.
+            (seeds, number of samples, command, commit) is printed as it is. "base_model" is the repository that was fine-tuned, and
+            "base_model_relation" how: "finetune", if not given, or "adapter".
         repo_id: where the snippet loads from.
 
     Raises:
@@ -196,13 +211,20 @@ def model_card(pipeline: DiffusionPipeline, results: Mapping[str, Any] | None = 
         raise ValueError(f"metrics must be finite numbers, got {bad}: leave out what was not measured")
     sides = f"{pipeline.transformer.sample_height} x {pipeline.transformer.sample_width}"
     classes = f"{config.num_classes} classes" if config.num_classes else "no class labels"
-    weights = sum(p.numel() for p in pipeline.transformer.parameters())
+    # Adapters are saved as part of the other weights.
+    weights = sum(p.numel() for name, p in pipeline.transformer.named_parameters() if "lora_" not in name)
+    base = {name: results.pop(name) for name in ("base_model", "base_model_relation") if name in results}
     decoder = f", decoded by an `{type(pipeline.vae).__name__}`" if pipeline.vae is not None else ""
     parts = [
-        f"---\n{_metadata(repo_id, config.num_classes, results, metrics)}\n---\n{CARD_MARK}",
+        f"---\n{_metadata(repo_id, config.num_classes, results | base, metrics)}\n---\n{CARD_MARK}",
         f"# {repo_id.split('/')[-1]}",
         "A one-step image generator trained with drifting ([Generative Modeling via Drifting](https://arxiv.org/abs/2602.04770)): one network call "
         f"per image. Samples are {pipeline.transformer.out_channels} x {sides}{decoder}; it knows {classes} and has {weights:,} weights.",
+        *(
+            [f"It was fine-tuned from [{base['base_model']}](https://huggingface.co/{base['base_model']})."]
+            if base.get("base_model")
+            else []
+        ),
         f"```bash\npip install drifting-diffusers\n```\n\n```python\n{_snippet(pipeline, repo_id)}\n```",
         f'`DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)` loads the same pipeline, with the package installed.',
     ]
@@ -272,7 +294,10 @@ def _metadata(repo_id: str, num_classes: int, results: Mapping[str, Any], metric
         for name, value in metrics.items()
         if dataset  # a number without a dataset cannot stand in the index of the Hub
     ]
+    base = results.get("base_model")
     data = ModelCardData(
+        base_model=base,
+        base_model_relation=results.get("base_model_relation", "finetune") if base else None,
         library_name="drifting-diffusers",  # with "diffusers" the Hub would show a text-to-image snippet
         tags=["diffusers", "drifting", "one-step", *conditional, "arxiv:2602.04770"],
         pipeline_tag=task,

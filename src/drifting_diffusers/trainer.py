@@ -16,6 +16,7 @@ from transformers.trainer_callback import TrainerCallback
 from .config import DriftingConfig
 from .data import LabelledImages, RealSamples
 from .draws import EVAL, LABELS, NOISE, RealDraws, as_samples, class_names, make_feed
+from .finetuning import adaptation
 from .generator import DriftingGenerator
 from .guidance import draw_guidance, unconditional_weight
 from .loop import COUNTS, TrainingLoop
@@ -393,4 +394,4 @@ def _check_generator(generator: DriftingGenerator, config: DriftingConfig) -> No
 
 
 def _shape_of(generator: DriftingGenerator) -> dict[str, Any]:
-    return {name: value for name, value in generator.config.items() if not name.startswith("_")}
+    return {name: value for name, value in generator.config.items() if not name.startswith("_")} | adaptation(generator)
