@@ -21,7 +21,6 @@ from diffusers import AutoencoderKL
 from drifting_diffusers.data import LabelledImages
 from drifting_diffusers.files import write_tensors
 from drifting_diffusers.latents import LatentCache, cache_latents
-from drifting_diffusers.noise import keys_of, normals
 
 SHAPE, SHARD = (4, 32, 32), 4096
 
@@ -90,11 +89,6 @@ def time_reading(cache: LatentCache) -> None:
         gathered = fastest([partial(cache.gather, part) for part in rows])
         varied = fastest([partial(cache.varied, *part, flip=True) for part in zip(rows, seeds, strict=True)])
         print(f"  batches of {batch:4d}: gather {batch / gathered:9,.0f} rows/s, varied {batch / varied:9,.0f} rows/s")
-    if stored == "moments":
-        keys = keys_of(b"seed", np.arange(4096))
-        ours = fastest([lambda: [normals(part, 4096) for part in np.split(keys, 64)]] * 6) / 4096
-        numpy = fastest([lambda: [np.random.Generator(np.random.SFC64(i)).standard_normal(4096, np.float32) for i in range(512)]] * 6) / 512
-        print(f"  its noise alone {1 / ours:9,.0f} rows/s; by one SFC64 generator of numpy per row {1 / numpy:9,.0f} rows/s")
 
 
 def fastest(calls: Sequence[Callable[[], object]]) -> float:

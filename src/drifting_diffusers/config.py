@@ -199,7 +199,8 @@ class RunConfig:
             raise ValueError(f"preset must be one of {', '.join(rows)}, got {name!r}")
         values: dict[str, Any] = {"output_dir": output_dir or f"runs/{name}"} | rows[name].config
         if steps is not None:
-            values |= {"max_steps": steps, "warmup_steps": round(values["warmup_steps"] * steps / values["max_steps"])}
+            whole = cls(**values)
+            values |= {"max_steps": steps, "warmup_steps": round(whole.warmup_steps * steps / whole.max_steps)}
         return cls(**values | changes)
 
     def changes_from(self, other: "RunConfig") -> str:

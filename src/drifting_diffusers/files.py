@@ -21,7 +21,10 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file; one that is there is replaced."""
     aside = _aside(path)
+    aside.touch()
+    mode = aside.stat().st_mode  # as the system's umask says; safetensors leaves its files to their owner alone
     save_file(dict(tensors), aside, None if metadata is None else dict(metadata))
+    aside.chmod(mode)
     aside.replace(path)
 
 

@@ -34,7 +34,6 @@ from tqdm.auto import tqdm
 from .data import RealSamples
 from .extractors import digest
 from .files import write_tensors, write_text
-from .noise import keys_of, normals
 from .sampling import processes
 from .shapes import Float, Int
 
@@ -42,6 +41,7 @@ VERSION = 1
 DESCRIPTION, UNFINISHED = "latent_cache.json", "unfinished.json"
 STORED = {"moments": ("mean", "std"), "sample": ("latents",)}  # what a shard holds beside its labels
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SAME, VARIED = range(2)  # the first word of a seed: of the noise of a row, of a draw
 CHUNK = 32  # latents computed at a time: they stay in the processor's cache
 AGAIN = "run cache_latents with the same arguments again: it makes only what is missing"
 
@@ -82,15 +82,14 @@ class LatentCache(RealSamples):
     def gather(self, rows: Sequence[int]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
         """The scaled latents [n, c, h, w] of these rows in float32, not mirrored, and their labels. A row's eps is a function of the row alone."""
         at = self._checked(rows)
-        unmirrored = np.zeros_like(at)
-        return self._latents(at, unmirrored, keys_of(b"row", at, unmirrored)), torch.from_numpy(self.labels[at])
+        return self._latents(at, np.zeros_like(at), [_of_row(row) for row in at.tolist()]), torch.from_numpy(self.labels[at])
 
     def varied(self, rows: Sequence[int], seeds: Sequence[Sequence[int]], *, flip: bool) -> Float[Tensor, "n c h w"]:
         """The scaled latents [n, c, h, w] of these rows in float32; which are mirrored, and eps, are functions of the seeds.
 
         Args:
             rows: positions, repeats allowed.
-            seeds: one per row, of integers in [0, 2^64), all of one length.
+            seeds: one per row, of non-negative integers.
             flip: whether half of them are those of mirror images.
 
         Raises:
@@ -101,9 +100,9 @@ class LatentCache(RealSamples):
                 f"{self.folder} holds no mirrored images: train with random_flip=False, or write another cache with flips=True"
             )
         at = self._checked(rows)
-        keys = keys_of(b"seed", *np.array(seeds, dtype=np.uint64).reshape(len(at), -1).T)
-        heads = (keys >> np.uint64(63)).astype(np.int64)
-        return self._latents(at, heads * flip, keys)
+        chance = [np.random.default_rng((VARIED, *seed)) for seed in seeds]
+        heads = np.array([rng.random() < 0.5 for rng in chance], dtype=np.int64)
+        return self._latents(at, heads * flip, chance)
 
     def fingerprint(self) -> dict[str, Any]:
         """Enough to tell one cache from another: what `RealSamples` says, the digest of the VAE, and whether moments are stored."""
@@ -115,13 +114,13 @@ class LatentCache(RealSamples):
             raise IndexError(f"rows must lie in [0, {len(self)}), got values from {at.min()} to {at.max()}")
         return at
 
-    def _latents(self, rows: np.ndarray, mirrored: np.ndarray, keys: np.ndarray) -> Float[Tensor, "n c h w"]:
+    def _latents(self, rows: np.ndarray, mirrored: np.ndarray, chance: Sequence[np.random.Generator]) -> Float[Tensor, "n c h w"]:
         """In the order of the files, so that neighbours on disk are read together."""
         out = torch.empty(len(rows), self.channels, *self.size)
         order = np.argsort(rows, kind="stable")
         for first in range(0, len(rows), CHUNK):
             part = order[first : first + CHUNK]
-            out[torch.from_numpy(part)] = self._drawn(self._stored(rows[part], mirrored[part]), keys[part])
+            out[torch.from_numpy(part)] = self._drawn(self._stored(rows[part], mirrored[part]), [chance[i] for i in part])
         return out
 
     def _stored(self, rows: np.ndarray, mirrored: np.ndarray) -> list[Tensor]:
@@ -135,10 +134,10 @@ class LatentCache(RealSamples):
         ]
         return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
-    def _drawn(self, stored: list[Tensor], keys: np.ndarray) -> Float[Tensor, "n c h w"]:
+    def _drawn(self, stored: list[Tensor], chance: Sequence[np.random.Generator]) -> Float[Tensor, "n c h w"]:
         if self.description["stored"] == "sample":
             return stored[0].float()
-        return _drawn(stored[0].float(), stored[1].float(), keys, self.description)
+        return _drawn(stored[0].float(), stored[1].float(), chance, self.description)
 
 
 def cache_latents(
@@ -282,8 +281,7 @@ def _encoded(images: Float[Tensor, "b c h w"], vae: ModelMixin, first: int, cont
     for mirrored in range(1 + contract["flips"]):
         moments = _posterior(vae, images.flip(3) if mirrored else images)
         if contract["stored"] == "sample":
-            rows = np.arange(first, first + len(images))
-            moments = (_drawn(*moments, keys_of(b"row", rows, np.full_like(rows, mirrored)), contract),)
+            moments = (_drawn(*moments, [_of_row(first + i, mirrored) for i in range(len(images))], contract),)
         views.append(moments)
     stored = [torch.stack(tensors, dim=1).to(getattr(torch, contract["dtype"])) for tensors in zip(*views, strict=True)]
     if not all(tensor.isfinite().all() for tensor in stored):
@@ -294,11 +292,16 @@ def _encoded(images: Float[Tensor, "b c h w"], vae: ModelMixin, first: int, cont
     return stored
 
 
+def _of_row(row: int, mirrored: int = 0) -> np.random.Generator:
+    """The chance of an image, or mirror image, that is the same whenever it is looked at."""
+    return np.random.default_rng((SAME, row, mirrored))
+
+
 def _drawn(
-    mean: Float[Tensor, "n k y x"], std: Float[Tensor, "n k y x"], keys: np.ndarray, scales: dict[str, Any]
+    mean: Float[Tensor, "n k y x"], std: Float[Tensor, "n k y x"], chance: Sequence[np.random.Generator], scales: dict[str, Any]
 ) -> Float[Tensor, "n k y x"]:
     """One scaled latent each."""
-    eps = torch.from_numpy(normals(keys, mean[0].numel())).view_as(mean)
+    eps = torch.from_numpy(np.stack([rng.standard_normal(mean.shape[1:], dtype=np.float32) for rng in chance]))
     return eps.mul_(std).add_(mean).sub_(scales["shift_factor"]).mul_(scales["scaling_factor"])
 
 
