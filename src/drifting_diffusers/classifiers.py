@@ -90,6 +90,7 @@ def kept_classifier(
     seed: int = 0,
     width: int = 32,
     epochs: int = 8,
+    batch_size: int = 128,
     name: str = "judge",
 ) -> SmallClassifier:
     """A classifier of real images, trained once and kept in `file`.
@@ -102,6 +103,7 @@ def kept_classifier(
         seed: of the initial weights and of the order of images; torch's global generator is left as it was.
         width: see `SmallClassifier`.
         epochs: passes over the images.
+        batch_size: images per step, at most as many as there are.
         name: what the progress bar says.
     """
     if file.exists():
@@ -109,9 +111,10 @@ def kept_classifier(
         load_model(model, file)
         return model.eval().requires_grad_(False)
     images, labels = read()
-    with torch.random.fork_rng(), tqdm(total=epochs * (len(images) // 128), desc=name, unit="step", dynamic_ncols=True) as bar:
+    with torch.random.fork_rng(), tqdm(total=epochs * (len(images) // batch_size), desc=name, unit="step", dynamic_ncols=True) as bar:
         torch.manual_seed(seed)
         rng = torch.Generator().manual_seed(seed)
-        model = train_classifier(images, labels, num_classes, generator=rng, width=width, epochs=epochs, on_step=bar.update)
+        choices = {"width": width, "epochs": epochs, "batch_size": batch_size}
+        model = train_classifier(images, labels, num_classes, generator=rng, on_step=bar.update, **choices)
     write_tensors(file, model.state_dict())
     return model
