@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,20 +85,25 @@ def random_box(width: int, height: int, *, area_min: float, rng: np.random.Gener
     return (width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h
 
 
-def open_images(name: str, split: str) -> Dataset:
+def open_images(name: str, split: str, *, streaming: bool = False) -> Any:
     """A split of a dataset of the Hub, of a folder of images or parquet files, or of one such file.
 
+    Args:
+        name: of the dataset, folder or file.
+        split: of it; for a single file "train" is the only one.
+        streaming: an `IterableDataset` in place of a `Dataset`.
+
     Raises:
-        FileNotFoundError, ValueError: as `datasets.load_dataset` does; for a single file "train" is the only split.
+        FileNotFoundError, ValueError: as `datasets.load_dataset` does.
     """
-    path = Path(name)
+    path, load = Path(name), partial(cast(Any, load_dataset), streaming=streaming)
     if path.is_file():
-        return cast(Dataset, load_dataset("parquet" if path.suffix == ".parquet" else "imagefolder", data_files=name, split="train"))
+        return load("parquet" if path.suffix == ".parquet" else "imagefolder", data_files=name, split="train")
     if path.is_dir():
         found = sorted(path.glob(f"**/{split}*.parquet"))
         if found:
-            return cast(Dataset, load_dataset("parquet", data_files=[str(file) for file in found], split="train"))
-    return cast(Dataset, load_dataset(name, split=split))
+            return load("parquet", data_files=[str(file) for file in found], split="train")
+    return load(name, split=split)
 
 
 def label_names(dataset: Dataset | IterableDataset, label_column: str) -> list[str] | None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+import tempfile
 import threading
 import time
 import warnings
@@ -28,6 +29,7 @@ from .callbacks import Events
 from .config import RunConfig, learning_rate_at
 from .draws import random_stream
 from .losses import NonFinite
+from .pushing import Pusher
 from .runs import RunFolder
 
 PREEMPTED = 75
@@ -69,6 +71,7 @@ class TrainingLoop:
         self.log_history: list[dict[str, Any]] = []
         self._waited = 0.0  # seconds since the last log in which a step waited for real samples
         self._logged = (0, time.monotonic())
+        self._pusher: Pusher | None = None
 
     def _prepare(self, model: Any, parts: Sequence[Any]) -> None:
         """Wrap the network and build what trains it.
@@ -117,8 +120,8 @@ class TrainingLoop:
     def _close(self) -> None:
         """Whatever happens, at the end of `train`."""
 
-    def _save_model(self, folder: Path) -> None:
-        """What is published of this run."""
+    def _save_model(self, folder: Path) -> Any:
+        """Write what is published of this run into an empty folder, and return the model that a card is of."""
         raise NotImplementedError
 
     # -- the loop
@@ -140,8 +143,10 @@ class TrainingLoop:
             try:
                 self._run(termination)
                 found = self._end()
+                self._on_main(self._push)
             finally:
                 self._close()
+                self._finish_pushing()
             self.events("on_train_end", self.step)
         return found
 
@@ -253,6 +258,30 @@ class TrainingLoop:
         finally:
             self.accelerator.end_training()
 
+    # -- the Hub
+
+    def _push(self, *, every: bool = False) -> None:
+        """Have the model uploaded while training goes on, and the checkpoint where `hub_strategy` says so; nothing that fails there stops it."""
+        strategy = self.config.hub_strategy
+        if not self.config.push_to_hub or (every and strategy == "end"):
+            return
+        if self._pusher is None:
+            self._pusher = Pusher(self.config.hub_model_id or self.run.path.name, private=self.config.hub_private_repo)
+        with tempfile.TemporaryDirectory(dir=self.run.path, prefix=".model-") as folder:
+            model = self._save_model(Path(folder))
+            self._pusher.push(folder, message=f"Step {self.step}", model=model)
+        newest = self.run.checkpoints().get(self.step)
+        if newest is not None and strategy in ("checkpoint", "all_checkpoints"):
+            there = "last-checkpoint" if strategy == "checkpoint" else newest.name
+            self._pusher.push(newest, message=f"Checkpoint of step {self.step}", path_in_repo=there, ignore=())
+
+    def _finish_pushing(self) -> None:
+        """Wait for what is on its way, and tell what did not arrive."""
+        if self._pusher is not None:
+            for failure in self._pusher.finish():
+                self.accelerator.print(failure)
+            self._pusher = None
+
     # -- processes
 
     def _on_main(self, write: Callable[[], object]) -> None:
@@ -293,6 +322,8 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
         self._on_main(lambda: self.run.close_checkpoint(self.step))
         self.events("on_save", self.step)
+        if self.step < self.config.max_steps:  # the last one goes with the end
+            self._on_main(lambda: self._push(every=True))
 
     def _save_state(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))  # on every process: each has random numbers of its own

@@ -15,7 +15,7 @@ class Preset:
     Attributes:
         config: what differs from the defaults of the config.
         model: arguments of the network that is trained.
-        encoder: what samples are compared in: a released encoder, "+ convnextv2" for ConvNeXt V2 features beside it, or "statistics" and "pixels".
+        encoder: what samples are compared in, as `load_features` reads it.
         data: what it is trained on.
         reported: the result, or None where the source has none.
         source: of the result.
@@ -111,7 +111,7 @@ PRESETS: dict[str, Preset] = {
             "unconditional_per_label": 0,
             "bank_size": 800,
             "cache_features": True,
-            "push_per_step": 1,
+            "push_per_step": 8,
             "learning_rate": 6e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 50,
@@ -136,7 +136,7 @@ PRESETS: dict[str, Preset] = {
             "guidance_embedding": False,
         },
         data="Fashion-MNIST, 8,000 images",
-        encoder="statistics + classifier",
+        encoder="pixels + statistics + windows + classifier",
     ),
 }
 """Recipes of generators."""

@@ -1,6 +1,8 @@
 """The trainer of generators conducts: who draws what, in which order, in how many pieces. Every formula lives elsewhere."""
 
 import contextlib
+import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +18,11 @@ from transformers.trainer_callback import TrainerCallback
 from .config import DriftingConfig
 from .data import LabelledImages, RealSamples
 from .draws import EVAL, LABELS, NOISE, RealDraws, as_samples, class_names, make_feed
+from .files import write_text
 from .finetuning import adaptation
 from .generator import DriftingGenerator
 from .guidance import draw_guidance, unconditional_weight
+from .hub import upload
 from .loop import COUNTS, TrainingLoop
 from .objective import DriftingObjective, Measured
 from .pipeline import DriftingPipeline
@@ -334,6 +338,39 @@ class DriftingTrainer(TrainingLoop):
         folder = Path(output_dir) if output_dir else self.run.path / "pipeline"
         self._on_main(lambda: self.pipeline(ema_decay=ema_decay).save_pretrained(folder))
         return folder
+
+    def _save_model(self, folder: Path) -> DriftingPipeline:
+        """The pipeline, with the numbers of the last evaluation for its card."""
+        pipeline = self.pipeline()
+        pipeline.save_pretrained(folder)
+        done = [entry for entry in self.log_history if "energy" in entry]
+        if done:
+            write_text(folder / "results.json", json.dumps(self._results(done[-1]), indent=2))
+        return pipeline
+
+    def _results(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """An evaluation as a card takes it: every number beside the same one of real samples."""
+        numbers = {name: value for name, value in entry.items() if name not in ("step", *COUNTS)}
+        real = {name.removesuffix("_real"): value for name, value in numbers.items() if name.endswith("_real")}
+        count = self.config.eval_samples_per_class
+        return {
+            "metrics": {name: value for name, value in numbers.items() if not name.endswith("_real")},
+            "real": real,
+            "step": entry["step"],
+            "samples_per_class": count,
+        }
+
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
+        """Push the pipeline of the averaged weights, with a card that holds the numbers of the last evaluation.
+
+        Args:
+            repo_id: `config.hub_model_id`, or the folder's name, if not given.
+            **kwargs: commit_message, private, token, create_pr, as `DriftingPipeline.push_to_hub` takes them.
+        """
+        self._restore()
+        repo_id = repo_id or self.config.hub_model_id or self.run.path.name
+        with tempfile.TemporaryDirectory() as folder:
+            return self._from_main(lambda: str(upload(self._save_model(Path(folder)), folder, repo_id, **kwargs)))
 
     @torch.no_grad()
     def generate(self, labels: Tensor, *, rng: torch.Generator, batch_size: int = 250, ema_decay: float | None = None) -> Tensor:
