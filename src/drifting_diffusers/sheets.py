@@ -83,6 +83,29 @@ def memorisation_sheet(
     return page
 
 
+def reconstruction_sheet(
+    images: Float[Tensor, "n c h w"], masks: Float[Tensor, "n 1 h w"], filled: Float[Tensor, "n c h w"]
+) -> Image.Image:
+    """Images, below each what an autoencoder saw of it, and below that what it filled in.
+
+    Args:
+        images: in [-1, 1].
+        masks: 1 where a pixel was masked.
+        filled: the images with what was masked filled in.
+    """
+    rows = [pictures(each) for each in (images, images * (1 - masks), filled)]
+    names = ("image", "with what is masked in grey", "filled in")
+    width, height = rows[0][0].size
+    page = Image.new("RGB", (len(images) * (width + 2) + 2 * MARGIN, 3 * (LINE + height + MARGIN) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(page)
+    for y, (name, row) in enumerate(zip(names, rows, strict=True)):
+        top = MARGIN + y * (LINE + height + MARGIN)
+        draw.text((MARGIN, top), name, fill=INK)
+        for x, image in enumerate(row):
+            page.paste(image, (MARGIN + x * (width + 2), top + LINE))
+    return page
+
+
 def sweep_plot(results: dict[str, Any], file: Path) -> None:
     """Every number against the guidance scale, with its deviation over seeds and the line of real images."""
     import matplotlib.pyplot as plt
