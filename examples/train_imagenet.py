@@ -108,12 +108,13 @@ def main(argv: list[str] | None = None) -> DriftingTrainer:
 
 def real_samples(arguments: Arguments, seed: int) -> tuple[Any, Any]:
     """What is trained on and what is held out, which may be nothing."""
-    if (arguments.latents is None) == (arguments.dataset_name is None):
+    name = arguments.dataset_name
+    if (arguments.latents is None) == (name is None):
         raise SystemExit("give what to train on as --latents or as --dataset_name, one of them")
-    if arguments.latents is not None:
-        return LatentCache(arguments.latents), LatentCache(arguments.eval_latents) if arguments.eval_latents else None
-    held_out = open_images(arguments.dataset_name, arguments.eval_split) if arguments.eval_split else None
-    train = open_images(arguments.dataset_name, arguments.train_split, streaming=arguments.streaming)
+    if name is None:
+        return LatentCache(arguments.latents or ""), LatentCache(arguments.eval_latents) if arguments.eval_latents else None
+    held_out = open_images(name, arguments.eval_split) if arguments.eval_split else None
+    train = open_images(name, arguments.train_split, streaming=arguments.streaming)
     if arguments.max_train_samples is not None:
         train = (
             train.take(arguments.max_train_samples)

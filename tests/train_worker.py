@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import save_file
@@ -36,6 +38,15 @@ SMALL = {
     "logging_steps": 1,
 }
 
+FSDP = {  # what examples/accelerate_configs/fsdp2.yaml makes of the environment
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "DriftingBlock",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
 
 def dataset():
     """Four classes of 8 x 8 images of very different contrast, so that the means of a part of the labels are far from those of all."""
@@ -59,6 +70,9 @@ def generator():
 
 
 def main(folder: str, options: dict) -> None:
+    if options.get("fsdp"):  # Accelerate shards on GPUs only, torch with gloo as well: let it believe that these are some
+        os.environ |= FSDP
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     data = dataset()
     config = DriftingConfig(output_dir=folder, **(SMALL | options.get("config", {})))
     trainer = DriftingTrainer(generator(), DriftingObjective([Pixels(), MultiScaleStatistics()]), data, config, eval_dataset=data)

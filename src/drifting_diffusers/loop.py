@@ -96,6 +96,8 @@ class TrainingLoop:
             fused=True,  # one pass over the parameters
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # FSDP2 warns of views at every call; nothing is written into what a network returns here.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
         # Not prepared: Accelerate would step it once per process.
         self.schedule = LambdaLR(optimizer, lambda step: learning_rate_at(step, config) / config.learning_rate)
         self.accelerator.register_for_checkpointing(self.schedule, self.ema, *parts)
