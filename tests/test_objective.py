@@ -84,7 +84,10 @@ def test_two_passes_over_pieces_of_the_labels_give_the_gradient_of_one():
 
     features = [objective.problems(piece) for piece in (x[:1], x[1:])]
     found = {name: torch.cat([piece[name] for piece in features]) for name in features[0]}
+    shapes = {name: values.shape for name, values in found.items()}
     slopes, value, again = objective.slopes(found, objective.problems(y), objective.problems(n), masses)
+    assert found == {}  # emptied on the way
+    assert {name: slope.shape for name, slope in slopes.items()} == shapes
     assert_close(value, loss.detach())
     assert_close(again["cubes"].strength, measured["cubes"].strength)
     pieces = []

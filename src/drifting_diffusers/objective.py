@@ -157,13 +157,20 @@ class DriftingObjective:
         """The gradient of `compare` in the generated features, its value, and what each feature measured.
 
         With these slopes g fixed, the gradient of sum(g * features) is that of the loss. So a step whose activations do not fit into memory is taken in
-        two passes: features of all labels without a graph, then pieces of the labels one by one, each against its slopes.
+        two passes: features of all labels without a graph, then pieces of the labels one by one, each against its slopes. One feature is compared at a
+        time; mappings that can are emptied on the way, so that features and slopes are not in memory together.
         """
-        with torch.enable_grad():
-            leaves = {name: values.detach().requires_grad_() for name, values in generated.items()}
-            loss, measured = self.compare(leaves, positives, negatives, negative_weights, mean=mean)
-            found = torch.autograd.grad(loss, list(leaves.values()))
-        return dict(zip(leaves, found, strict=True)), loss.detach(), measured
+        found, measured, total = {}, {}, torch.zeros(())
+        for name in list(generated):
+            one = lambda mapping, name=name: (
+                {name: mapping.pop(name) if isinstance(mapping, dict) else mapping[name]} if name in mapping else {}
+            )
+            with torch.enable_grad():
+                leaf = {name: one(generated)[name].detach().requires_grad_()}
+                loss, seen = self.compare(leaf, one(positives), one(negatives), negative_weights, mean=mean)
+                found[name] = torch.autograd.grad(loss, leaf[name])[0]
+            total, measured = total.to(loss.device) + loss.detach(), measured | seen
+        return found, total, measured
 
     def steep(
         self,
@@ -179,7 +186,7 @@ class DriftingObjective:
             with torch.no_grad():
                 repelling = {} if negatives is None else self.problems(negatives)
                 attracting = self.problems(positives)
-            slopes, _, _ = self.slopes(features, attracting, repelling, negative_weights)
+            slopes, _, _ = self.slopes({**features}, attracting, repelling, negative_weights)
             part = lambda name: torch.autograd.grad((features[name] * slopes[name]).sum(), images, retain_graph=True)[0]
             return [name for name in features if not bool(torch.isfinite(part(name)).all())]
 

@@ -49,6 +49,31 @@ EVALUATIONS = {"eval_steps": 5_000, "eval_samples_per_class": 5, "preview_steps"
 FLIPS = {"random_flip": True}
 TPU = "128 TPU v6e"
 
+SMALL_RUN = {  # minutes on two CPU cores
+    "labels_per_step": 5,
+    "generated_per_label": 16,
+    "unconditional_per_label": 0,
+    "bank_size": 800,
+    "cache_features": True,
+    "push_per_step": 8,
+    "learning_rate": 6e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 50,
+    "ema_decay": 0.99,
+    "save_total_limit": 1,
+}
+SMALL_MODEL = {
+    "num_classes": 10,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "num_class_tokens": 0,
+    "num_style_tokens": 8,
+    "style_codebook_size": 32,
+    "rope": False,
+    "guidance_embedding": False,
+}
+
 PRESETS: dict[str, Preset] = {
     "ablation": Preset(
         config={**EVALUATIONS, **FLIPS, "mixed_precision": "bf16", "max_steps": 30_000, "warmup_steps": 5_000},
@@ -104,38 +129,20 @@ PRESETS: dict[str, Preset] = {
         hardware=TPU,
     ),
     "fashion-mnist": Preset(
-        config={
-            "max_steps": 2300,
-            "labels_per_step": 5,
-            "generated_per_label": 16,
-            "unconditional_per_label": 0,
-            "bank_size": 800,
-            "cache_features": True,
-            "push_per_step": 8,
-            "learning_rate": 6e-3,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 50,
-            "ema_decay": 0.99,
-            "eval_steps": 460,
-            "preview_steps": 460,
-            "save_steps": 1150,
-            "save_total_limit": 1,
-        },
+        config={**SMALL_RUN, "max_steps": 2300, "eval_steps": 460, "preview_steps": 460, "save_steps": 1150},
         model={
+            **SMALL_MODEL,
             "sample_size": 28,
-            "patch_size": 7,  # 16 tokens: on a CPU more steps are worth more than finer patches
+            "patch_size": 7,
             "in_channels": 1,
-            "num_classes": 10,
-            "num_layers": 3,
-            "num_attention_heads": 4,
-            "attention_head_dim": 32,
-            "num_class_tokens": 0,
-            "num_style_tokens": 8,
-            "style_codebook_size": 32,
-            "rope": False,
-            "guidance_embedding": False,
-        },
+        },  # 16 tokens: here more steps are worth more than finer patches
         data="Fashion-MNIST, 8,000 images",
+        encoder="pixels + statistics + windows + classifier",
+    ),
+    "cifar10": Preset(
+        config={**SMALL_RUN, "max_steps": 1500, "eval_steps": 500, "preview_steps": 500, "save_steps": 500, "random_flip": True},
+        model={**SMALL_MODEL, "sample_size": 32, "patch_size": 8, "in_channels": 3, "attention_head_dim": 48},
+        data="CIFAR-10",
         encoder="pixels + statistics + windows + classifier",
     ),
 }
