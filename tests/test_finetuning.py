@@ -1,7 +1,9 @@
 """Fine-tuning: what is kept and what is new, what adapters train, and the example from a folder of images to a card on the Hub."""
 
+import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -387,6 +389,12 @@ def test_what_the_example_cannot_do_is_refused(example, pets, tmp_path):
     with pytest.raises(SystemExit):
         refused("--held_out_share", "1.5")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_page_names_options_that_there_are(example):
+    page = (EXAMPLE.parents[1] / "docs/finetune.md").read_text()
+    known = {entry.name for kind in (example.Arguments, example.Choices) for entry in dataclasses.fields(kind)}
+    assert set(re.findall(r"--(\w+)", page)) - {"help"} <= known
 
 
 @pytest.mark.hub
