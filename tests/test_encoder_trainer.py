@@ -3,6 +3,7 @@
 As a program it is one such run, for tests of several processes: python test_encoder_trainer.py OUTPUT_DIR '{"max_steps": 3, ...}'
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from drifting_diffusers import MaskedAutoencoder
+from drifting_diffusers import DriftingObjective, MaskedAutoencoder
 from drifting_diffusers.config import EncoderConfig
 from drifting_diffusers.data import LabelledImages, RealSamples
 from drifting_diffusers.encoder_draws import BLOCK, in_blocks
@@ -76,7 +77,7 @@ def one_accelerator_per_test():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trainer(folder, *, encoder=None, data=IMAGES, size=(16, 16), eval_dataset=IMAGES, vae=None, **changes):
+def trainer(folder, *, encoder=None, data=IMAGES, size=(8, 8), eval_dataset=IMAGES, vae=None, **changes):
     config = EncoderConfig(output_dir=str(folder), **(SMALL | changes))
     return MaskedAutoencoderTrainer(encoder or make_encoder(), data, config, size=size, eval_dataset=eval_dataset, vae=vae)
 
@@ -247,9 +248,7 @@ def test_chance_belongs_to_images_not_to_batches(tmp_path):
         assert_close(ours, theirs, rtol=0, atol=0)
     samples, _, masks, noise = batches[6]
     assert len(samples.unique(dim=0)) == len(masks.unique(dim=0)) == len(noise.unique(dim=0)) == 10
-    plain = LabelledImages(IMAGES, size=(16, 16), channels=3, num_classes=3, image_column="image", label_column="label").gather(range(20))[
-        0
-    ]
+    plain = LabelledImages(IMAGES, size=(8, 8), channels=3, num_classes=3, image_column="image", label_column="label").gather(range(20))[0]
     assert not any(torch.equal(sample, one) for sample in samples for one in plain)  # they are crops
 
 
@@ -327,7 +326,7 @@ def test_images_become_latents_after_they_were_cropped(tmp_path):
 
 
 def test_latents_on_disk(tmp_path):
-    images = LabelledImages(IMAGES, size=(16, 16), channels=3, num_classes=3, image_column="image", label_column="label")
+    images = LabelledImages(IMAGES, size=(8, 8), channels=3, num_classes=3, image_column="image", label_column="label")
     cache = cache_latents(images, make_vae(), tmp_path / "latents", device="cpu")
     choices = {
         "data": cache,
@@ -355,11 +354,11 @@ def test_latents_on_disk(tmp_path):
 class Noise(RealSamples):
     """Anybody's own samples."""
 
-    labels, size, channels, names = np.arange(12) % 3, (16, 16), 3, None
+    labels, size, channels, names = np.arange(12) % 3, (8, 8), 3, None
 
     def gather(self, rows):
         rngs = [torch.Generator().manual_seed(row) for row in rows]
-        return torch.stack([torch.rand(3, 16, 16, generator=rng) for rng in rngs]), torch.as_tensor(self.labels[list(rows)])
+        return torch.stack([torch.rand(3, 8, 8, generator=rng) for rng in rngs]), torch.as_tensor(self.labels[list(rows)])
 
     def varied(self, rows, seeds, *, flip):
         return self.gather(rows)[0]
@@ -463,7 +462,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path):
     ("arguments", "message"),
     [
         ({"size": None}, r"size is missing.*size=\(256, 256\)"),
-        ({"size": (15, 16)}, r"got 2 for 15 x 16: take another size"),
+        ({"size": (9, 8)}, r"got 2 for 9 x 8: take another size"),
         ({"encoder": lambda: make_encoder(in_channels=4)}, "1 or 3 channels, got in_channels=4.*give the vae.*LatentCache"),
         ({"vae": make_vae}, "samples have 4 channels and the encoder reads 3: build it with in_channels=4"),
         ({"encoder": lambda: make_encoder().to(torch.bfloat16)}, "float32, got torch.bfloat16; for 16 bits set mixed_precision"),
@@ -473,8 +472,8 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path):
         ({"label_column": "kind"}, "no column 'kind'"),
         ({"data": Noise}, "crop_area_min must be 1 .*got 0.2.*so give a datasets.Dataset"),
         (
-            {"data": Noise, "crop_area_min": 1.0, "size": (8, 8)},
-            r"size must be that of the samples, \(16, 16\), got \(8, 8\): leave it out",
+            {"data": Noise, "crop_area_min": 1.0, "size": (6, 8)},
+            r"size must be that of the samples, \(8, 8\), got \(6, 8\): leave it out",
         ),
         ({"data": Noise, "crop_area_min": 1.0, "encoder": lambda: make_encoder(num_classes=2)}, r"\[0, 2\) to be classified.*from 0 to 2"),
         (
@@ -493,10 +492,10 @@ def test_what_does_not_fit_is_refused_before_any_work(arguments, message, tmp_pa
 
 def test_held_out_samples_must_be_of_the_same_form(tmp_path):
     cache = cache_latents(
-        LabelledImages(IMAGES, size=(16, 16), channels=3, num_classes=3, image_column="image", label_column="label"),
+        LabelledImages(IMAGES, size=(8, 8), channels=3, num_classes=3, image_column="image", label_column="label"),
         make_vae(), tmp_path / "latents", device="cpu",
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"one form, got \(3, 16, 16\) and \(4, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"one form, got \(3, 8, 8\) and \(4, 8, 8\)"):
         trainer(tmp_path / "run", eval_dataset=cache, vae=make_vae(), encoder=make_encoder(in_channels=4))
 
 
@@ -516,6 +515,82 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"holds another run: .*{message}"):
             trainer(tmp_path / "run", **({"max_steps": 3} | changes))
+
+
+# -- the program
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("train_mae", ROOT / "examples/train_mae.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_mae"] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(**values):
+    """As on a command line."""
+    return [word for name, value in values.items() for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
+
+
+TINY = {"base_channels": 32, "layers_per_stage": [1, 1, 1, 1], "max_steps": 3, "warmup_steps": 1, "batch_size": 4, "eval_samples": 4}
+TINY |= {"mixed_precision": "no"}
+
+
+def test_the_program_trains_an_encoder_that_serves_an_objective(example, tmp_path, capsys):
+    IMAGES.select(range(14)).to_parquet(tmp_path / "data/train.parquet")
+    IMAGES.select(range(14, 20)).to_parquet(tmp_path / "data/test.parquet")
+    data = {"dataset_name": tmp_path / "data", "eval_split": "test", "resolution": 32, "max_train_samples": 12}
+    choices = {"classification_steps": 2, "classification_warmup_steps": 1, "more_ema_decays": 0.5, "output_dir": tmp_path / "run"}
+    run = example.main(arguments(preset="mae-pixel-640", **data, **TINY, **choices))
+    printed = capsys.readouterr().out
+    assert printed.index("batch_size: 8192 -> 4") < printed.index("accuracy")
+    assert len(run.draws.train_data) == 12
+    encoder = MaskedAutoencoder.from_pretrained(tmp_path / "run/encoder")
+    assert encoder.config.input_patch_size == 8  # the preset's
+    assert encoder.config.num_classes == 3
+    assert_close(encoder.state_dict(), run.encoder().state_dict(), rtol=0, atol=0)
+    assert (tmp_path / "run/encoder-ema-0.5/config.json").exists()
+
+    objective = DriftingObjective(encoder.activations)
+    objective.freeze(torch.device("cpu"))
+    generated = torch.rand(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss, measured = objective(generated, run.draws.eval_data.gather(range(6))[0].unflatten(0, (2, 3)))
+    loss.backward()
+    assert generated.grad.abs().max() > 0
+    assert {"conv1_mean", "layer4_std", "global"} <= set(measured)
+
+
+def test_the_program_encodes_as_it_goes_or_reads_latents(example, tmp_path):
+    IMAGES.to_parquet(tmp_path / "train.parquet")
+    make_vae().save_pretrained(tmp_path / "sd/vae")
+    common = {"preset": "mae-latent-256", "vae": tmp_path / "sd", "vae_subfolder": "vae", **TINY}
+    going = example.main(arguments(**common, dataset_name=tmp_path / "train.parquet", resolution=8, output_dir=tmp_path / "a"))
+    assert going.draws.encodes
+    assert going.encoder().config.in_channels == 4
+    images = LabelledImages(IMAGES, size=(8, 8), channels=3, num_classes=3, image_column="image", label_column="label")
+    cache_latents(images, make_vae(), tmp_path / "latents", device="cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    classes = {"classification_steps": 1, "classification_warmup_steps": 0}
+    read = example.main(arguments(**common, latents=tmp_path / "latents", crop_area_min=1, **classes, output_dir=tmp_path / "b"))
+    assert not read.draws.encodes
+    assert read.encoder().config.num_classes == 3
+    with pytest.raises(SystemExit, match="--dataset_name or as --latents, one of them"):
+        example.main(arguments(**common, output_dir=tmp_path / "c"))
+
+
+def test_a_latent_preset_takes_the_vae_of_the_release(example, monkeypatch):
+    asked = []
+    monkeypatch.setattr(example.AutoencoderKL, "from_pretrained", lambda name, subfolder: asked.append(name))
+    for changes in (
+        {"preset": "mae-latent-640"},
+        {"preset": "mae-pixel-640"},
+        {"preset": "mae-latent-640", "latents": "x"},
+        {"vae": "mine"},
+    ):
+        example.open_vae(example.Arguments(**changes))
+    assert asked == ["stabilityai/sd-vae-ft-mse", "mine"]
 
 
 if __name__ == "__main__":
