@@ -19,14 +19,22 @@ _HOME = {
     "DriftingObjective": "objective",
     "DriftingPipeline": "pipeline",
     "DriftingTrainer": "trainer",
+    "EncoderConfig": "config",
+    "LatentCache": "latents",
     "MaskedAutoencoder": "encoders",
+    "MaskedAutoencoderTrainer": "encoder_trainer",
     "MultiScaleStatistics": "features",
     "Pixels": "features",
     "SampleBank": "bank",
     "Windows": "features",
+    "add_lora": "finetuning",
+    "cache_latents": "latents",
     "drift_loss": "losses",
     "evaluate_pipeline": "protocol",
     "load_extractor": "extractors",
+    "load_features": "feature_loading",
+    "merge_lora": "finetuning",
+    "with_classes": "finetuning",
 }
 
 __all__ = [
@@ -40,15 +48,23 @@ __all__ = [
     "DriftingObjective",
     "DriftingPipeline",
     "DriftingTrainer",
+    "EncoderConfig",
+    "LatentCache",
     "MaskedAutoencoder",
+    "MaskedAutoencoderTrainer",
     "MultiScaleStatistics",
     "Pixels",
     "SampleBank",
     "Windows",
     "__version__",
+    "add_lora",
+    "cache_latents",
     "drift_loss",
     "evaluate_pipeline",
     "load_extractor",
+    "load_features",
+    "merge_lora",
+    "with_classes",
 ]
 
 if TYPE_CHECKING:
@@ -56,14 +72,22 @@ if TYPE_CHECKING:
     from .backbones import ConvNextV2Features as ConvNextV2Features
     from .bank import SampleBank as SampleBank
     from .config import DriftingConfig as DriftingConfig
+    from .config import EncoderConfig as EncoderConfig
+    from .encoder_trainer import MaskedAutoencoderTrainer as MaskedAutoencoderTrainer
     from .encoders import MaskedAutoencoder as MaskedAutoencoder
     from .extractors import load_extractor as load_extractor
+    from .feature_loading import load_features as load_features
     from .features import MultiScaleStatistics as MultiScaleStatistics
     from .features import Pixels as Pixels
     from .features import Windows as Windows
     from .fields import Drift as Drift
     from .fields import DriftingField as DriftingField
+    from .finetuning import add_lora as add_lora
+    from .finetuning import merge_lora as merge_lora
+    from .finetuning import with_classes as with_classes
     from .generator import DriftingGenerator as DriftingGenerator
+    from .latents import LatentCache as LatentCache
+    from .latents import cache_latents as cache_latents
     from .losses import drift_loss as drift_loss
     from .objective import DriftingObjective as DriftingObjective
     from .pipeline import DriftingPipeline as DriftingPipeline
