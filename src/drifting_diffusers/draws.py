@@ -63,7 +63,7 @@ class RealDraws:
         self._ahead: Ahead[Drawn] | None = None
 
     def of_step(self, step: int) -> Drawn:
-        """The real samples of this step; those of the next are begun. Steps come in order."""
+        """The real samples of this step; those of the next are begun. Steps come in order, and one that was left in its middle may come again."""
         if self._ahead is None:
             self._ahead = Ahead(self._draw, self.config.max_steps if self.feed.ahead else 0)
         drawn = self._ahead(step)
@@ -96,10 +96,10 @@ class RealDraws:
         return restored(real.to(self.device, non_blocking=True))
 
     def close(self) -> None:
-        """Wait for what is being drawn, and drop it."""
+        """Wait for what is being drawn, and let go of threads and workers; a run that goes on finds what was drawn."""
         if self._ahead is not None:
             self._ahead.close()
-            self._ahead = None
+        self.feed.close()
 
     def state_dict(self) -> dict[str, Any]:
         """As it was when the last step was drawn, though the next one may be there already."""
@@ -107,7 +107,7 @@ class RealDraws:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.close()
-        self._state = state
+        self._state, self._ahead = state, None
         self.feed.load_state_dict(state)
 
 
@@ -168,13 +168,14 @@ def as_samples(dataset: Any, *, size: tuple[int, int], channels: int, num_classe
                 f"the generator makes samples of {channels} x {size[0]} x {size[1]}, and the dataset has {dataset.channels} x {dataset.size[0]} x "
                 f"{dataset.size[1]}: build it with that sample_size and in_channels"
             )
+        _check_classes(dataset.labels, num_classes)
         return dataset
     if channels not in (1, 3):
         raise ValueError(
             f"images have 1 or 3 channels and so must noise and samples, got {channels}; build the generator with in_channels=1 or 3, or "
             "train it on a LatentCache"
         )
-    columns = {"image_column": config.image_column, "label_column": config.label_column}
+    columns: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
     return LabelledImages(dataset, size=size, channels=channels, num_classes=num_classes, **columns)
 
 
@@ -188,3 +189,15 @@ def class_names(train: Any, held_out: Any, label_column: str) -> list[str] | Non
     if ours != theirs:
         raise ValueError(f"train_dataset and eval_dataset must have the same classes in the same order, got {ours} and {theirs}")
     return cast(list[str] | None, ours)
+
+
+def _check_classes(labels: np.ndarray, num_classes: int) -> None:
+    """As images are checked: labels in range, every class there."""
+    top = int(labels.max())
+    if int(labels.min()) < 0 or top >= max(1, num_classes):
+        raise ValueError(
+            f"samples have labels from {labels.min()} to {top}, and the generator has num_classes={num_classes}: build it with num_classes={top + 1}"
+        )
+    empty = sorted(set(range(num_classes)) - set(np.unique(labels).tolist()))
+    if empty:
+        raise ValueError(f"classes {empty} have no sample; build the generator with the classes there are")

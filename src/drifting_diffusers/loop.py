@@ -7,6 +7,7 @@ goes on as the run that never stopped.
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 import tempfile
 import threading
@@ -18,7 +19,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -29,7 +33,7 @@ from .callbacks import Events
 from .config import RunConfig, learning_rate_at
 from .draws import random_stream
 from .losses import NonFinite
-from .pushing import Pusher
+from .pushing import SNAPSHOT, Pusher
 from .runs import RunFolder
 
 PREEMPTED = 75
@@ -57,6 +61,7 @@ class TrainingLoop:
     def __init__(self, config: RunConfig, callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()):
         self.config: Any = config
         folder = Path(config.output_dir)
+        _check_services(config)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=list(config.report_to) or None,
@@ -72,6 +77,7 @@ class TrainingLoop:
         self._waited = 0.0  # seconds since the last log in which a step waited for real samples
         self._logged = (0, time.monotonic())
         self._pusher: Pusher | None = None
+        self._torn = False  # whether an update was begun and not ended
 
     def _prepare(self, model: Any, parts: Sequence[Any]) -> None:
         """Wrap the network and build what trains it.
@@ -113,7 +119,7 @@ class TrainingLoop:
         """Before step 0 of a run that starts."""
 
     def _look(self, bar: tqdm | None = None) -> None:
-        """After a step, or a checkpoint was loaded: what is due of evaluations and pictures. On every process."""
+        """After a step, and once more before a run goes on: what is due of evaluations and pictures. On every process."""
 
     def _end(self) -> dict[str, float]:
         """After the last step: the last evaluation."""
@@ -137,25 +143,36 @@ class TrainingLoop:
             resume_from_checkpoint: a checkpoint folder of this run to start from in place of that; it must be the newest one of the output folder, or
                 the output folder must have none. "latest" is as if not given.
         """
+        if self._torn:
+            raise RuntimeError(
+                f"this trainer was stopped in the middle of an update of step {self.step}: build it again, and it goes on from the newest "
+                f"checkpoint in {self.run.path}"
+            )
         self._restore(resume_from_checkpoint or self.config.resume_from_checkpoint)
+        self._on_main(lambda: self.run.forget_after(self.step))  # what a killed run did beyond its last checkpoint
         if self.step == 0:
-            self._on_main(lambda: self.run.forget_after(0))  # of a run that was killed before its first checkpoint
             self._begin()
         with self._trackers(), Termination() as termination:
+            patience = 10.0  # seconds for what is being pushed when a run is stopped; there may be no more
             try:
                 self._run(termination)
                 found = self._end()
                 self._on_main(self._push)
+                patience = 600.0
             finally:
                 self._close()
-                self._finish_pushing()
+                self._finish_pushing(patience)
             self.events("on_train_end", self.step)
         return found
 
     def _run(self, termination: "Termination") -> None:
         started = time.monotonic() - self.seconds
         self._logged = (self.step, time.monotonic())
-        self.events("on_train_begin", self.step)
+        self.optimizer.zero_grad()  # of a step that was left in its middle
+        stopped = self.events("on_train_begin", self.step).should_training_stop
+        self.events("on_epoch_begin", self.step)
+        if self.step:
+            self._restored()
         shown = {"total": self.config.max_steps, "initial": self.step, "desc": "training", "unit": "step", "dynamic_ncols": True}
         with tqdm(**shown, disable=not self.accelerator.is_main_process) as bar:
             while self.step < self.config.max_steps and not self.events.control.should_training_stop:
@@ -166,6 +183,11 @@ class TrainingLoop:
                 self._after_step(outcome, bar)
                 if self._any(termination.asked):
                     self._leave()
+        if (
+            self.events.control.should_training_stop != stopped or self.step not in self.run.checkpoints()
+        ):  # that one asked for the end is kept
+            self._save_checkpoint()
+        self.events("on_epoch_end", self.step)
 
     def _attempt(self) -> dict[str, Any]:
         try:
@@ -199,6 +221,8 @@ class TrainingLoop:
         if overflown and (scaler is None or scaler.get_scale() <= 1):
             raise NonFinite(f"the norm of the gradient is {float(norm)}: {blame()}")
         learning_rate = self.schedule.get_last_lr()[0]
+        self.events("on_pre_optimizer_step", self.step)
+        self._torn = True
         self.optimizer.step()  # in float16 the scaler leaves an overflown one out and scales less from then on
         self.optimizer.zero_grad()
         if overflown:
@@ -206,6 +230,8 @@ class TrainingLoop:
         else:
             self.ema.update(self.accelerator.unwrap_model(self.model))
         self._advance()
+        self._torn = False
+        self.events("on_optimizer_step", self.step - 1)
         return {"learning_rate": learning_rate, "grad_norm": norm}
 
     def _advance(self) -> None:
@@ -215,13 +241,15 @@ class TrainingLoop:
         self.step += 1
 
     def _after_step(self, outcome: dict[str, Any], bar: tqdm) -> None:
-        wishes = dataclasses.replace(self.events("on_step_end", self.step))
+        self.events("on_step_end", self.step)
         last = self.step == self.config.max_steps
-        if outcome and (self.step % self.config.logging_steps == 0 or last or wishes.should_log):
+        if outcome and (self.step % self.config.logging_steps == 0 or last or self.events.control.should_log):
             self._log(self._scalars(outcome) | self._timing())
-        if self.step % self.config.save_steps == 0 or last or wishes.should_save:  # before anything that a user's code may break
+        if self.step % self.config.save_steps == 0 or last or self.events.control.should_save:  # before what a user's code may break
             self._save_checkpoint()
         self._look(bar)
+        if self.events.control.should_save:
+            self._save_checkpoint()
 
     def _scalars(self, outcome: dict[str, Any]) -> dict[str, float]:
         """A step's outcome as flat numbers."""
@@ -268,7 +296,9 @@ class TrainingLoop:
         if not self.config.push_to_hub or (every and strategy == "end"):
             return
         if self._pusher is None:
-            self._pusher = Pusher(self.config.hub_model_id or self.run.path.name, private=self.config.hub_private_repo)
+            for left in (*self.run.path.glob(".model-*"), *self.run.path.glob(f"{SNAPSHOT}*")):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            self._pusher = Pusher(repository_of(self.config), private=self.config.hub_private_repo)
         with tempfile.TemporaryDirectory(dir=self.run.path, prefix=".model-") as folder:
             model = self._save_model(Path(folder))
             self._pusher.push(folder, message=f"Step {self.step}", model=model)
@@ -277,10 +307,10 @@ class TrainingLoop:
             there = "last-checkpoint" if strategy == "checkpoint" else newest.name
             self._pusher.push(newest, message=f"Checkpoint of step {self.step}", path_in_repo=there, ignore=())
 
-    def _finish_pushing(self) -> None:
+    def _finish_pushing(self, patience: float) -> None:
         """Wait for what is on its way, and tell what did not arrive."""
         if self._pusher is not None:
-            for failure in self._pusher.finish():
+            for failure in self._pusher.finish(patience):
                 self.accelerator.print(failure)
             self._pusher = None
 
@@ -324,7 +354,7 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
         self._on_main(lambda: self.run.close_checkpoint(self.step))
         self.events("on_save", self.step)
-        if self.step < self.config.max_steps:  # the last one goes with the end
+        if self.step < self.config.max_steps and not self.events.control.should_training_stop:  # the last one goes with the end
             self._on_main(lambda: self._push(every=True))
 
     def _save_state(self, folder: Path) -> None:
@@ -336,6 +366,8 @@ class TrainingLoop:
     def _restore(self, wanted: str | Path | None = None) -> None:
         """Claim the folder, and load its newest checkpoint if that is ahead of what this trainer holds."""
         self._on_main(self.run.claim)
+        if wanted is None and not self.run.checkpoints():
+            wanted = self.config.resume_from_checkpoint
         newest, folder = self.run.newest(None if wanted in (None, "latest") else Path(wanted))
         if newest <= self.step:
             return
@@ -343,19 +375,16 @@ class TrainingLoop:
             self.accelerator.load_state(str(folder))
             counts = json.loads((folder / "trainer_state.json").read_text())
         except Exception as error:
-            raise RuntimeError(
-                f"the checkpoint {folder} cannot be read ({error}); remove this folder to go on from the one before"
-            ) from error
+            way_out = "remove this folder to go on from the one before" if folder.parent == self.run.path else "give another checkpoint"
+            raise RuntimeError(f"the checkpoint {folder} cannot be read ({error}); {way_out}") from error
         self.step, self.seconds, self.skipped, self.overflows = newest, counts["seconds"], counts["skipped"], counts["overflows"]
         self.events.load_state_dict(counts)
-        self._on_main(lambda: self.run.forget_after(self.step))
-        self.log_history = self.run.history()
+        self.log_history = [entry for entry in self.run.history() if entry["step"] <= self.step]
         self.events.state.log_history = self.log_history
-        self._restored()
         self.accelerator.print(f"Resuming from {folder}")
 
     def _restored(self) -> None:
-        """After a checkpoint was loaded."""
+        """Before the first step of a run that goes on: what was due after the last one, should it be missing."""
 
     def _leave(self) -> None:
         """Make way for whoever sent SIGTERM."""
@@ -363,6 +392,24 @@ class TrainingLoop:
             self._save_checkpoint()
         self.accelerator.print(f"Told to stop: step {self.step} is saved in {self.run.path}, the same command goes on from there")
         raise SystemExit(PREEMPTED)
+
+
+def _check_services(config: RunConfig) -> None:
+    """Trackers that are not installed, which Accelerate passes over in silence, and a repository's name that the Hub would refuse at the first push."""
+    installed = {str(name) for name in get_available_trackers()}
+    missing = [name for name in config.report_to if name in {str(kind) for kind in LoggerType} - {"all"} - installed]
+    if missing:
+        raise ImportError(f"report_to={config.report_to} asks for {missing[0]}: pip install {missing[0]}, or leave it out")
+    if config.push_to_hub:
+        try:
+            validate_repo_id(repository_of(config))
+        except HFValidationError as error:
+            raise ValueError(f"hub_model_id must be a repository's name, USER/NAME: {error}") from error
+
+
+def repository_of(config: RunConfig) -> str:
+    """Where to push to."""
+    return config.hub_model_id or Path(config.output_dir).resolve().name
 
 
 class Termination:

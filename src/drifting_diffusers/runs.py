@@ -14,7 +14,8 @@ output_dir/training_config.json   every choice of the config, written before ste
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ class RunFolder:
     def claim(self) -> None:
         """Write down config and setup, before any work."""
         self.check()
+        self._introduce()
+
+    def _introduce(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / SETUP_NAME, json.dumps(self.setup, indent=2))
         write_text(self.path / CONFIG_NAME, self.config.to_json())
@@ -83,7 +87,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: if the wanted one is no checkpoint.
-            ValueError: if this folder has a newer one than the wanted one.
+            ValueError: if this folder has a newer one than the wanted one, or that is of another run.
         """
         step, folder = max(self.checkpoints().items(), default=(0, self.path))
         if wanted is None:
@@ -91,6 +95,11 @@ class RunFolder:
         number = wanted.name.removeprefix("checkpoint-")
         if not (wanted / "trainer_state.json").exists() or not number.isdecimal():
             raise FileNotFoundError(f"resume_from_checkpoint must be a folder checkpoint-STEP of a run, got {str(wanted)!r}")
+        there = wanted.parent / SETUP_NAME
+        if there.exists() and _read(there) != self.setup:
+            raise ValueError(
+                f"resume_from_checkpoint {str(wanted)!r} is of a run that trains something else, see {there}: give one of this run"
+            )
         if step > int(number):
             raise ValueError(
                 f"resume_from_checkpoint is of step {number} and {str(self.path)!r} holds one of step {step}, which would be trained again: "
@@ -106,6 +115,7 @@ class RunFolder:
     def open_checkpoint(self, step: int) -> Path:
         """An empty folder for the state of this step, which is no checkpoint yet."""
         aside = self.aside(step)
+        self._still_there()
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         return aside
@@ -113,20 +123,27 @@ class RunFolder:
     def close_checkpoint(self, step: int) -> Path:
         """Make that folder a checkpoint, once it is on the disk, and drop the oldest beyond the limit."""
         aside, final = self.aside(step), self.path / f"checkpoint-{step}"
-        _to_disk(aside)
+        _to_disk([*aside.rglob("*"), aside])
         if final.exists():  # the same step of the same run
-            shutil.rmtree(final)
+            _remove(final)
         aside.rename(final)
-        _to_disk(self.path)
+        _to_disk([self.path])  # not what is below: a push may be removing its snapshots
         for old in list(self.checkpoints().values())[: -self.config.save_total_limit]:
-            shutil.rmtree(old)
+            _remove(old)
         return final
+
+    def _still_there(self) -> None:
+        """A run of days is not lost with its folder: the next checkpoint makes it again."""
+        if not (self.path / CONFIG_NAME).exists():
+            warnings.warn(f"output_dir {str(self.path)!r} was deleted while training; it is made again", RuntimeWarning, stacklevel=3)
+            self._introduce()
 
     def aside(self, step: int) -> Path:
         """Where the state of a step is written before it is a checkpoint."""
         return self.path / f"checkpoint-{step}.partial"
 
     def log(self, entry: dict[str, Any]) -> None:
+        self._still_there()
         with (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -149,9 +166,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing or broken, so it cannot be told whose run this is; choose a new folder") from error
 
 
-def _to_disk(folder: Path) -> None:
-    """All files in the folder, and the folder's list of them."""
-    for path in [*folder.rglob("*"), folder]:
+def _remove(checkpoint: Path) -> None:
+    """At once: one that is half removed is none."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.removed.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _to_disk(paths: Sequence[Path]) -> None:
+    """These files, and what these folders list."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

@@ -64,6 +64,9 @@ class Feed(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
+    def close(self) -> None:
+        """Let go of threads and workers; the next step may be asked for all the same."""
+
 
 class Tickets:
     """The order of fresh samples: first the starters, then passes over all rows, each in an order of its own.
@@ -80,13 +83,13 @@ class Tickets:
 
     def rows(self, tickets: Sequence[int]) -> list[int]:
         """The row that each ticket reads."""
-        return [self.starters[t] if t < len(self.starters) else self._row(t - len(self.starters)) for t in tickets]
+        first = len(self.starters)
+        return [self.starters[t] if t < first else int(self._order_of((t - first) // self.n)[(t - first) % self.n]) for t in tickets]
 
-    def _row(self, place: int) -> int:
-        epoch, k = divmod(place, self.n)
+    def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
-        return int(self._order[k])
+        return self._order
 
     def seeds(self, tickets: Sequence[int]) -> list[tuple[int, int]]:
         """What decides the chance of each."""
@@ -117,7 +120,8 @@ class TicketReader:
 
     def batches(self, batches: Sequence[list[int]] | Iterator[list[int]], workers: int) -> DataLoader:
         """Samples, labels and tickets of each batch of tickets."""
-        return DataLoader(self, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is)  # pyright: ignore[reportArgumentType]
+        own = torch.Generator()  # a loader without one draws from the global one, in a thread of its own, whenever that gets there
+        return DataLoader(self, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is, generator=own)  # pyright: ignore[reportArgumentType]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -215,7 +219,8 @@ class BankFeed:
         ring.load_state_dict(dict(state))
         held = torch.arange(ring.capacity) < ring.count[:, None]  # (classes, capacity)
         classes, places = held.nonzero(as_tuple=True)
-        tickets = ring.samples[held].tolist()
+        order = ring.samples[held].argsort()  # epoch by epoch: each has an order of all rows, which is not made twice
+        classes, places, tickets = classes[order], places[order], ring.samples[held][order].tolist()
         batches = [tickets[i : i + FILL_BATCH] for i in range(0, len(tickets), FILL_BATCH)]
         first = 0
         for samples, labels, _ in self._shown(self.reader.batches(batches, self.workers), len(batches), "filling the bank again"):
@@ -224,6 +229,10 @@ class BankFeed:
             first += len(labels)
         bank.next.copy_(ring.next)
         bank.count.copy_(ring.count)
+
+    def close(self) -> None:
+        """Ends the workers; what they read ahead is read again."""
+        self._stream = None
 
     def _shown(self, batches: DataLoader, count: int, what: str) -> Any:
         return tqdm(batches, total=count, desc=what, unit="batch", leave=False, dynamic_ncols=True, disable=not self.progress)
@@ -304,27 +313,40 @@ class DatasetFeed:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to load."""
 
+    def close(self) -> None:
+        """Nothing to let go of."""
+
 
 class Ahead(Generic[Drawn]):
-    """Makes what the next step needs while a step runs, in a thread of its own; steps must be asked for in order.
+    """Makes what the next step needs while a step runs, in a thread of its own; steps must be asked for in order, the last one any number of times.
 
     Args:
         make: from the number of a step; called once for each, never twice at the same time.
-        last: nothing is made for this step and later ones.
+        last: nothing is made ahead for this step and later ones.
     """
 
     def __init__(self, make: Callable[[int], Drawn], last: int):
         self.make, self.last = make, last
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="real-samples")
-        self._next: tuple[int, Future] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._made: dict[int, Future] = {}  # of the step that was asked for and the next
 
     def __call__(self, step: int) -> Drawn:
-        if self._next is not None and self._next[0] != step:
-            raise RuntimeError(f"step {self._next[0]} was made ahead, and step {step} is asked for: close this one and make another")
-        made = (self._next[1] if self._next else self._pool.submit(self.make, step)).result()
-        self._next = (step + 1, self._pool.submit(self.make, step + 1)) if step + 1 < self.last else None
+        if self._made and not min(self._made) <= step <= max(self._made) + 1:
+            raise RuntimeError(f"step {max(self._made)} was made, and step {step} is asked for: close this one and make another")
+        self._begin(step)
+        made = self._made[step].result()
+        if step + 1 < self.last:
+            self._begin(step + 1)
+        self._made.pop(step - 1, None)
         return made
 
+    def _begin(self, step: int) -> None:
+        if step not in self._made:
+            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="real-samples")
+            self._made[step] = self._pool.submit(self.make, step)
+
     def close(self) -> None:
-        """Wait for what is being made, and drop it."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Wait for what is being made and end the thread. What was made is kept: whoever asks again goes on as if nothing had been closed."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+            self._pool = None

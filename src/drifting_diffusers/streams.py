@@ -4,11 +4,13 @@ A stream cannot be read at random, so its checkpoints hold the banks themselves,
 should not be sorted by class.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import IterableDataset
 from torch import Tensor
@@ -58,7 +60,10 @@ class StreamFeed:
         device: torch.device | str = "cpu",
         progress: bool = True,
     ):
-        self.dataset, self.view, self.least, self.pack = dataset, view, least, pack
+        _check_columns(dataset, {"image_column": view.image_column} | ({"label_column": view.label_column} if num_classes > 1 else {}))
+        self.dataset = copy.copy(dataset)  # where it stands is ours alone
+        self.dataset.load_state_dict(cast(Any, None))
+        self.view, self.least, self.pack = view, least, pack
         self.push_per_step, self.seed, self.flip, self.progress = push_per_step, seed, flip, progress
         shape = tuple(pack(view.gather([0])[0]).shape[1:])
         bank = lambda classes, size: SampleBank(classes, size, shape, dtype=dtype, device=device)
@@ -66,8 +71,8 @@ class StreamFeed:
         self.negatives = bank(1, unconditional_capacity) if unconditional_capacity else None
         self.read = self.passes = 0  # images so far; whole passes so far
         self._position: dict[str, Any] = {"read": 0, "passes": 0, "stream": None}  # after what is in the banks
-        self._rows = self._stream()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self._rows = self._stream(resumed=False)
+        self._pool: ThreadPoolExecutor | None = None
         self._next: Future[Fresh] | None = None
 
     def fill(self) -> None:
@@ -89,8 +94,15 @@ class StreamFeed:
     def advance(self, step: int) -> Int[Tensor, " n"]:
         fresh = self._next.result() if self._next is not None else self._fresh()
         labels = self._push(fresh)
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._next = self._pool.submit(self._fresh)
         return labels
+
+    def close(self) -> None:
+        """Wait for what is being read and end the thread; what was read is kept for the next step."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+            self._pool = None
 
     def _push(self, fresh: Fresh) -> Int[Tensor, " n"]:
         samples, labels, self._position = fresh
@@ -104,18 +116,31 @@ class StreamFeed:
         """The next images and labels, and where the stream is behind them."""
         rows = list(itertools.islice(self._rows, self.push_per_step))
         samples = torch.stack([self._tensor(self.read + i, row) for i, row in enumerate(rows)])
-        labels = torch.tensor([int(row[self.view.label_column]) if len(self.positives.count) > 1 else 0 for row in rows])
+        labels = torch.tensor([self._label(self.read + i, row) for i, row in enumerate(rows)])
         self.read += len(rows)
         return samples, labels, {"read": self.read, "passes": self.passes, "stream": self.dataset.state_dict()}
 
+    def _label(self, number: int, row: Mapping[str, Any]) -> int:
+        classes, column = len(self.positives.count), self.view.label_column
+        if classes == 1:
+            return 0
+        label = row.get(column)
+        if not isinstance(label, int | np.integer) or not 0 <= label < classes:
+            raise ValueError(
+                f"image {number} of the stream has the label {label!r} in column {column!r}, and labels must be integers in [0, {classes}): set "
+                "label_column, or leave such rows out, dataset.filter(...)"
+            )
+        return int(label)
+
     def _tensor(self, number: int, row: Mapping[str, Any]) -> Float[Tensor, "c h w"]:
-        image = self.view.tensor(number, row[self.view.image_column])
+        image = self.view.tensor(number, row.get(self.view.image_column))
         return image.flip(2) if self.flip and coin((self.seed, number)) else image
 
-    def _stream(self) -> Iterator[Mapping[str, Any]]:
-        """Pass after pass."""
+    def _stream(self, *, resumed: bool) -> Iterator[Mapping[str, Any]]:
+        """Pass after pass; one that was resumed may have ended already."""
         while True:
-            empty = True
+            empty = not resumed
+            resumed = False
             self.dataset.set_epoch(self.passes)
             for row in self.dataset:
                 empty = False
@@ -139,4 +164,11 @@ class StreamFeed:
         self.read, self.passes = self._position["read"], self._position["passes"]
         if self._position["stream"] is not None:
             self.dataset.load_state_dict(self._position["stream"])
-        self._rows = self._stream()
+        self._rows = self._stream(resumed=self._position["stream"] is not None)
+
+
+def _check_columns(dataset: IterableDataset, wanted: Mapping[str, str]) -> None:
+    """Of a stream that says what it holds; many of the Hub do not."""
+    for name, column in wanted.items():
+        if dataset.column_names is not None and column not in dataset.column_names:
+            raise ValueError(f"the stream has no column {column!r}; its columns are {dataset.column_names}: set {name}")

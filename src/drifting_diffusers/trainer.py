@@ -23,7 +23,7 @@ from .finetuning import adaptation
 from .generator import DriftingGenerator
 from .guidance import draw_guidance, unconditional_weight
 from .hub import upload
-from .loop import COUNTS, TrainingLoop
+from .loop import COUNTS, TrainingLoop, repository_of
 from .objective import DriftingObjective, Measured
 from .pipeline import DriftingPipeline
 from .runs import RunFolder
@@ -284,15 +284,13 @@ class DriftingTrainer(TrainingLoop):
         """`evaluate` of the weights at hand, without another look into the folder."""
         done = [entry for entry in self.log_history if entry["step"] == self.step and "energy" in entry]
         if done:
-            return {name: value for name, value in done[-1].items() if name not in ("step", *COUNTS)}
-        samples = self.generate(self.watcher.wanted(), rng=self._rng(EVAL, 0))  # every process makes its share, one looks
-        found = cast(dict[str, float], self._from_main(lambda: self.watcher.numbers(samples)))
-        self._log(found)
-        self._on_main(lambda: self.watcher.curves(self.log_history))
-        self.events("on_evaluate", self.step, metrics={f"eval_{name}": value for name, value in found.items()})
-        best, value = self.events.state.best_metric, found.get(self.config.metric_for_best_model)
-        if value is not None and (best is None or (value > best if self.config.greater_is_better else value < best)):
-            self.events.state.best_metric = value
+            found = {name: value for name, value in done[-1].items() if name not in ("step", *COUNTS)}
+        else:
+            samples = self.generate(self.watcher.wanted(), rng=self._rng(EVAL, 0))  # every process makes its share, one looks
+            found = cast(dict[str, float], self._from_main(lambda: self.watcher.numbers(samples)))
+            self._log(found)
+            self._on_main(lambda: self.watcher.curves(self.log_history))
+        self.events.tell_evaluation(self.step, found)
         return found
 
     def _scalars(self, outcome: dict[str, Any]) -> dict[str, float]:
@@ -368,7 +366,7 @@ class DriftingTrainer(TrainingLoop):
             **kwargs: commit_message, private, token, create_pr, as `DriftingPipeline.push_to_hub` takes them.
         """
         self._restore()
-        repo_id = repo_id or self.config.hub_model_id or self.run.path.name
+        repo_id = repo_id or repository_of(self.config)
         with tempfile.TemporaryDirectory() as folder:
             return self._from_main(lambda: str(upload(self._save_model(Path(folder)), folder, repo_id, **kwargs)))
 
