@@ -454,6 +454,19 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path):
     assert all(value.isfinite().all() for value in weights(run).values())
 
 
+def test_what_is_pushed_is_the_averaged_encoder(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run", max_steps=3, hub_model_id="tester/encoder")
+    run.train()
+    (tmp_path / "published").mkdir()
+    assert run._save_model(tmp_path / "published") is run.encoder()  # what the loop has pushed, and what its card is of
+    assert_close(MaskedAutoencoder.from_pretrained(tmp_path / "published").state_dict(), run.encoder().state_dict(), rtol=0, atol=0)
+    told = []
+    monkeypatch.setattr(MaskedAutoencoder, "push_to_hub", lambda self, name, **options: told.append((self, name, options)))
+    run.push_to_hub(private=True)
+    run.push_to_hub("tester/other")
+    assert told == [(run.encoder(), "tester/encoder", {"private": True}), (run.encoder(), "tester/other", {})]
+
+
 # -- what is refused
 
 

@@ -263,8 +263,20 @@ class MaskedAutoencoderTrainer(TrainingLoop):
         self._on_main(lambda: encoder.save_pretrained(folder))
         return folder
 
-    def _save_model(self, folder: Path) -> None:
-        self._averaged().save_pretrained(folder)
+    def _save_model(self, folder: Path) -> MaskedAutoencoder:
+        encoder = self._averaged()
+        encoder.save_pretrained(folder)
+        return encoder
+
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
+        """Push the averaged encoder, with a card.
+
+        Args:
+            repo_id: `config.hub_model_id`, or the folder's name, if not given.
+            **kwargs: commit_message, private, token, create_pr, as `MaskedAutoencoder.push_to_hub` takes them.
+        """
+        encoder, name = self.encoder(), repo_id or self.config.hub_model_id or self.run.path.resolve().name
+        return self._from_main(lambda: str(encoder.push_to_hub(name, **kwargs)))
 
 
 def classification_weight_at(step: int, config: EncoderConfig) -> float:

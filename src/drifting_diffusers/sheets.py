@@ -93,7 +93,7 @@ def reconstruction_sheet(
         masks: 1 where a pixel was masked.
         filled: the images with what was masked filled in.
     """
-    rows = [pictures(each) for each in (images, images * (1 - masks), filled)]
+    rows = [pictures(each, side=96) for each in (images, images * (1 - masks), filled)]
     names = ("image", "with what is masked in grey", "filled in")
     width, height = rows[0][0].size
     page = Image.new("RGB", (len(images) * (width + 2) + 2 * MARGIN, 3 * (LINE + height + MARGIN) + MARGIN), PAPER)
