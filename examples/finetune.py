@@ -9,7 +9,6 @@ lie OUTPUT_DIR-latents, for pipelines that draw latents, and OUTPUT_DIR-classifi
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -23,25 +22,12 @@ from datasets import ClassLabel, Dataset, get_dataset_split_names
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from drifting_diffusers import (
-    BackboneFeatures,
-    DriftingConfig,
-    DriftingGenerator,
-    DriftingObjective,
-    DriftingPipeline,
-    DriftingTrainer,
-    MaskedAutoencoder,
-    MultiScaleStatistics,
-    Pixels,
-    Windows,
-)
+from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingPipeline, DriftingTrainer, load_features
 from drifting_diffusers.arguments import parse_arguments
-from drifting_diffusers.classifiers import kept_classifier
 from drifting_diffusers.data import LabelledImages, RealSamples, open_images
 from drifting_diffusers.finetuning import add_lora, kept_classes, with_classes
 from drifting_diffusers.hub import upload
-from drifting_diffusers.latents import LatentCache, cache_latents
-from drifting_diffusers.releases import RELEASES
+from drifting_diffusers.latents import cache_latents
 from drifting_diffusers.sampling import processes
 from drifting_diffusers.sheets import pictures
 
@@ -62,15 +48,14 @@ class Arguments:
     class_name: str | None = field(
         default=None, metadata={"help": "name of the only class, where all images are of one and have no labels"}
     )
-    features: list[str] = field(
-        default_factory=list,
+    features: str | None = field(
+        default=None,
         metadata={
-            "help": "what samples are compared in: statistics; classifier, trained on your images, with statistics; a released encoder such as "
-            "mae_latent_256; a folder or repository of a MaskedAutoencoder or of a vision model of transformers. If not given, classifier for "
-            "two and more classes of at most 64 x 64, else statistics"
+            "help": 'what samples are compared in, joined by "+": pixels, statistics, windows; classifier, trained on your images; a released encoder such as '
+            "mae_latent_256; a folder or repository of a MaskedAutoencoder or of a vision model of transformers. If not given, the first three, and the "
+            "classifier for two and more classes of at most 64 x 64"
         },
     )
-    classifier_steps: int = field(default=300, metadata={"help": "training steps of that classifier"})
     lora_rank: int = field(default=0, metadata={"help": "rank of adapters; 0 trains all weights"})
     lora_alpha: float | None = field(default=None, metadata={"help": "adapters are scaled by this over the rank; the rank if not given"})
     base_model: str | None = field(
@@ -81,8 +66,8 @@ class Arguments:
     def __post_init__(self):
         if not 0 <= self.held_out_share < 1:
             raise ValueError(f"held_out_share must lie in [0, 1), got {self.held_out_share}; 0.2 holds out a fifth")
-        if self.lora_rank < 0 or self.classifier_steps < 1:
-            raise ValueError(f"lora_rank must be at least 0 and classifier_steps at least 1, got {self.lora_rank}, {self.classifier_steps}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}; 0 trains all weights")
 
 
 def choice(default: Any, help: str) -> Any:
@@ -161,7 +146,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     assert train is not None
     with state.local_main_process_first():
-        maps = feature_maps(arguments, train, choices)
+        classes = len(np.unique(train.labels))
+        usual = "pixels + statistics + windows" + (" + classifier" if classes > 1 and max(train.size) <= 64 else "")
+        folder = f"{choices.output_dir}-classifier"
+        maps = load_features(arguments.features or usual, data=train, num_classes=classes, folder=folder, seed=choices.seed)
     config = choices.fitted(train, held_out or train, generator)
     trainer = DriftingTrainer(generator, DriftingObjective(maps), train, config, eval_dataset=held_out, vae=base.vae)
     trainer.run.setup |= {"base": arguments.pretrained_model_name_or_path, "classes": names}  # another one is another run
@@ -229,54 +217,6 @@ def samples(dataset: Dataset, which: str, base: DriftingPipeline, arguments: Arg
     images = LabelledImages(dataset, size=size, channels=base.vae.config.in_channels, **form)
     folder, source = Path(f"{config.output_dir}-latents", which), {"dataset": arguments.dataset_name, "split": which}
     return cache_latents(images, base.vae, folder, names=images.names, source=source, flips=config.random_flip)
-
-
-def feature_maps(arguments: Arguments, data: RealSamples, config: DriftingConfig) -> list[Any]:
-    """Pixels, and what `--features` asks for."""
-    several = len(np.unique(data.labels)) > 1
-    wanted = arguments.features or (["classifier"] if several and max(data.size) <= 64 else ["statistics"])
-    found: list[Any] = [Pixels()]
-    if {"statistics", "classifier"} & set(wanted):
-        found += statistics(data.size)
-    if "classifier" in wanted:
-        if not several:
-            raise SystemExit("a classifier needs two classes to tell apart, got one: take --features statistics, or an encoder")
-        found.append(own_classifier(arguments, data, config))
-    encoders = [name for name in wanted if name not in ("statistics", "classifier")]
-    return found + [encoder(name, data) for name in encoders]
-
-
-def statistics(size: tuple[int, int]) -> list[Any]:
-    """Statistics and windows in about six steps over the image; a step divides both sides."""
-    whole = math.gcd(*size)
-    step = max(s for s in range(1, max(2, whole // 6) + 1) if whole % s == 0)
-    return [MultiScaleStatistics(mean_scales=(step,), edge_scales=(step,)), Windows(side=2 * step, stride=step)]
-
-
-def own_classifier(arguments: Arguments, data: RealSamples, config: DriftingConfig) -> Any:
-    """The activations of a small classifier of the training samples, trained once."""
-    batch_size = min(32, len(data))
-    epochs = -(-arguments.classifier_steps * batch_size // len(data))
-    what = json.dumps([data.fingerprint(), arguments.classifier_steps, config.seed])
-    file = Path(f"{config.output_dir}-classifier", f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.safetensors")
-    options = {"width": 16, "epochs": epochs, "batch_size": batch_size, "seed": config.seed, "name": "classifier"}
-    classes = int(data.labels.max()) + 1
-    return kept_classifier(file, lambda: data.gather(range(len(data))), channels=data.channels, num_classes=classes, **options).activations
-
-
-def encoder(name: str, data: RealSamples) -> Any:
-    """A released or saved masked autoencoder, or a vision model of transformers."""
-    if name in RELEASES:
-        model = MaskedAutoencoder.from_release(name)
-    elif cast(dict, MaskedAutoencoder.load_config(name)).get("_class_name") == "MaskedAutoencoder":
-        model = cast(MaskedAutoencoder, MaskedAutoencoder.from_pretrained(name))
-    elif isinstance(data, LatentCache):
-        raise SystemExit(f"{name} sees images and this pipeline draws latents: take mae_latent_256, statistics, or an encoder of latents")
-    else:
-        return BackboneFeatures.from_pretrained(name)
-    if model.config.in_channels != data.channels:
-        raise SystemExit(f"{name} sees {model.config.in_channels} channels and the samples have {data.channels}: take an encoder of those")
-    return model.activations
 
 
 def finish(trainer: DriftingTrainer, base: DriftingPipeline, arguments: Arguments) -> dict[str, Any]:

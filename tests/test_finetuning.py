@@ -319,7 +319,7 @@ def pets(tmp_path_factory):
     return folder
 
 
-SHORT = ["--max_steps", "2", "--warmup_steps", "1", "--classifier_steps", "2", "--eval_steps", "0", "--preview_steps", "0"]
+SHORT = ["--max_steps", "2", "--warmup_steps", "1", "--eval_steps", "0", "--preview_steps", "0"]
 
 
 def arguments(base, data, folder, *more):
@@ -360,7 +360,7 @@ def test_the_example_teaches_a_latent_pipeline(example, pets, tmp_path):
     vae = AutoencoderKL(block_out_channels=(8, 8), sample_size=16, latent_channels=4, **blocks)
     base = DriftingPipeline(generator(in_channels=4, guidance_embedding=False, num_classes=0), vae=vae)
     base.save_pretrained(tmp_path / "base")
-    wanted = arguments(tmp_path / "base", pets, tmp_path / "run", "--features", "statistics", "--random_flip")
+    wanted = arguments(tmp_path / "base", pets, tmp_path / "run", "--features", "pixels + statistics + windows", "--random_flip")
     found = example.main(wanted)
     assert found["features"] == ["MultiScaleStatistics", "Pixels", "Windows"]
     assert sorted(path.name for path in (tmp_path / "run-latents").iterdir()) == ["eval", "train"]
@@ -369,7 +369,7 @@ def test_the_example_teaches_a_latent_pipeline(example, pets, tmp_path):
     assert pipe(["owl"], output_type="pt").images.shape == (1, 3, 16, 16)
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit/config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(SystemExit, match="draws latents: take mae_latent_256"):
+    with pytest.raises(ValueError, match="latents of 4 channels: take mae_latent_256"):
         example.main(arguments(tmp_path / "base", pets, tmp_path / "third", "--features", str(tmp_path / "vit"), "--random_flip"))
 
 
@@ -384,7 +384,7 @@ def test_what_the_example_cannot_do_is_refused(example, pets, tmp_path):
         refused("--class_name", "owl")
     with pytest.raises(SystemExit, match=r"no column 'label'.*set --class_name"):
         refused(data=pets / "owl")
-    with pytest.raises(SystemExit, match="a classifier needs two classes"):
+    with pytest.raises(ValueError, match="a classifier needs at least 2 classes"):
         refused("--features", "classifier", "--class_name", "owl", data=pets / "owl")
     with pytest.raises(SystemExit):
         refused("--held_out_share", "1.5")
