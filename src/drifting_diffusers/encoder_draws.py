@@ -25,6 +25,7 @@ MASK, LATENT, HELD_OUT_MASK, HELD_OUT_LATENT = range(4)
 
 BLOCK = 32  # tickets whose random numbers are drawn together: with a generator each, masks would take as long as decoding
 READ = 64  # images that a worker reads at a time
+ENCODED = 32  # images that a VAE encodes at a time: it needs far more memory for each than the encoder
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,9 @@ class EncoderDraws:
         samples = batch.samples.to(self.device, non_blocking=True)
         if batch.noise is None:
             return samples
-        posterior, (scaling, shift) = self._posterior(samples), self._scales()
-        return (posterior.mean + posterior.std * batch.noise.to(self.device) - shift) * scaling
+        posteriors, (scaling, shift) = [self._posterior(part) for part in samples.split(ENCODED)], self._scales()
+        mean, std = torch.cat([posterior.mean for posterior in posteriors]), torch.cat([posterior.std for posterior in posteriors])
+        return (mean + std * batch.noise.to(self.device) - shift) * scaling
 
     @torch.no_grad()
     def pictured(self, samples: Float[Tensor, "n c h w"]) -> Float[Tensor, "n _ _ _"]:

@@ -19,7 +19,7 @@ from .data import LabelledImages, RealSamples
 from .encoder_draws import EncoderBatch, EncoderDraws
 from .encoders import MaskedAutoencoder
 from .extractors import digest
-from .loop import COUNTS, TrainingLoop
+from .loop import COUNTS, TrainingLoop, repository_of
 from .losses import NonFinite
 from .runs import RunFolder
 from .shapes import Float
@@ -185,11 +185,12 @@ class MaskedAutoencoderTrainer(TrainingLoop):
         """`evaluate` of the weights at hand, without another look into the folder."""
         done = [entry for entry in self.log_history if entry["step"] == self.step and "reconstruction" in entry]
         if done:
-            return {name: value for name, value in done[-1].items() if name not in ("step", *COUNTS)}
-        found = self._measure()
-        self._on_main(self._preview)
-        self._log(found)
-        self.events("on_evaluate", self.step, metrics={f"eval_{name}": value for name, value in found.items()})
+            found = {name: value for name, value in done[-1].items() if name not in ("step", *COUNTS)}
+        else:
+            found = self._measure()
+            self._on_main(self._preview)
+            self._log(found)
+        self.events.tell_evaluation(self.step, found)
         return found
 
     @torch.no_grad()
@@ -275,7 +276,7 @@ class MaskedAutoencoderTrainer(TrainingLoop):
             repo_id: `config.hub_model_id`, or the folder's name, if not given.
             **kwargs: commit_message, private, token, create_pr, as `MaskedAutoencoder.push_to_hub` takes them.
         """
-        encoder, name = self.encoder(), repo_id or self.config.hub_model_id or self.run.path.resolve().name
+        encoder, name = self.encoder(), repo_id or repository_of(self.config)
         return self._from_main(lambda: str(encoder.push_to_hub(name, **kwargs)))
 
 
