@@ -3,14 +3,14 @@
     python examples/cache_latents.py --dataset_name imagefolder_or_parquet_or_hub_name --output_dir outputs/latents
     accelerate launch examples/cache_latents.py ...    # on all GPUs; run again after an interruption, it goes on
 
-Leaves in the output_dir the shards, `latent_cache.json`, and `reconstructions.png`: originals above what the VAE makes of their cached latents.
+With --streaming images pass by once and never lie on a disk: every process reads the whole stream and encodes its share. Leaves in the output_dir the shards, `latent_cache.json`, and `reconstructions.png`: originals above what the VAE makes of their cached latents.
 Read them with `drifting_diffusers.latents.LatentCache(output_dir)`.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from datasets import Dataset
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from torch import Tensor
-from transformers import HfArgumentParser
 
+from drifting_diffusers.arguments import parse_arguments
 from drifting_diffusers.data import LabelledImages, label_names, open_images
+from drifting_diffusers.latent_streams import ImageStream, cache_stream
 from drifting_diffusers.latents import LatentCache, cache_latents
 from drifting_diffusers.sampling import processes
 from drifting_diffusers.sheets import INK, MARGIN, PAPER, pictures
@@ -31,61 +32,65 @@ class Arguments:
     dataset_name: str = field(metadata={"help": "a dataset of the Hub, a folder of images or of parquet files, or a parquet file"})
     output_dir: str = field(metadata={"help": "where the cache is written; all processes must see it"})
     split: str = field(default="train", metadata={"help": "of the dataset"})
+    streaming: bool = field(default=False, metadata={"help": "read the images as a stream, once, in the order in which it comes"})
     image_column: str = field(default="image", metadata={"help": "column of images"})
     label_column: str = field(default="label", metadata={"help": "column of classes, integers"})
     vae: str = field(default="stabilityai/sd-vae-ft-mse", metadata={"help": "an AutoencoderKL: a folder or a repository of the Hub"})
     vae_subfolder: str | None = field(default=None, metadata={"help": "where in it, for pipelines: vae"})
-    vae_dtype: str = field(
-        default="float32",
-        metadata={"help": "precision of encoding: float16 overflows in some VAEs", "choices": ["float32", "bfloat16", "float16"]},
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "precision of encoding: float16 overflows in some VAEs"}
     )
     resolution: int = field(default=256, metadata={"help": "side of the images in pixels: shorter side resized, centre cropped"})
-    dtype: str = field(default="float16", metadata={"help": "of what is stored", "choices": ["float16", "bfloat16", "float32"]})
+    dtype: Literal["float16", "bfloat16", "float32"] = field(default="float16", metadata={"help": "of what is stored"})
     one_sample: bool = field(default=False, metadata={"help": "store one latent drawn per image, as the release does, not mean and std"})
-    no_flips: bool = field(default=False, metadata={"help": "leave mirror images out"})
+    flips: bool = field(default=True, metadata={"help": "encode mirror images as well; --no_flips leaves them out"})
     max_samples: int | None = field(default=None, metadata={"help": "encode only so many images, the first"})
     batch_size: int = field(default=32, metadata={"help": "images per call of the VAE, and process"})
     shard_size: int = field(default=4096, metadata={"help": "images per file: what an interruption may cost"})
-    dataloader_num_workers: int = field(default=4, metadata={"help": "processes that decode images, for each that encodes"})
+    dataloader_num_workers: int = field(
+        default=4, metadata={"help": "processes that decode images, for each that encodes; of a stream threads"}
+    )
 
 
 def main(argv: list[str] | None = None) -> LatentCache:
-    parser = HfArgumentParser(cast(Any, Arguments), description=(__doc__ or "").splitlines()[0])
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    (arguments,) = parse_arguments((Arguments,), argv, description=__doc__)
     state = processes()
     with state.local_main_process_first():  # what is downloaded or unpacked is so once
-        dataset = open_images(arguments.dataset_name, arguments.split)
+        dataset = open_images(arguments.dataset_name, arguments.split, streaming=arguments.streaming)
         vae = AutoencoderKL.from_pretrained(arguments.vae, subfolder=arguments.vae_subfolder, dtype=getattr(torch, arguments.vae_dtype))
-    if arguments.max_samples is not None:
-        dataset = dataset.select(range(min(arguments.max_samples, len(dataset))))
-    images = view(dataset, arguments, channels=vae.config.in_channels)
+    choices = {
+        "source": {"dataset": arguments.dataset_name, "split": arguments.split, "resize": "shorter side, Lanczos; centre crop"},
+        "moments": not arguments.one_sample,
+        "flips": arguments.flips,
+        "dtype": getattr(torch, arguments.dtype),
+        "batch_size": arguments.batch_size,
+        "shard_size": arguments.shard_size,
+        "num_workers": arguments.dataloader_num_workers,
+        "state": state,
+    }
+    names = label_names(dataset, arguments.label_column)
     started = time.monotonic()
-    cache = cache_latents(
-        images,
-        vae,
-        arguments.output_dir,
-        names=label_names(dataset, arguments.label_column),
-        source={"dataset": arguments.dataset_name, "split": arguments.split, "resize": "shorter side, Lanczos; centre crop"},
-        moments=not arguments.one_sample,
-        flips=not arguments.no_flips,
-        dtype=getattr(torch, arguments.dtype),
-        batch_size=arguments.batch_size,
-        shard_size=arguments.shard_size,
-        num_workers=arguments.dataloader_num_workers,
-        state=state,
-    )
+    if arguments.streaming:
+        form = {"size": (arguments.resolution,) * 2, "image_column": arguments.image_column, "label_column": arguments.label_column}
+        cache = cache_stream(dataset, vae, arguments.output_dir, **form, names=names, max_samples=arguments.max_samples, **choices)
+        images = ImageStream(dataset, channels=vae.config.in_channels, **form)
+    else:
+        images = view(dataset, arguments, channels=vae.config.in_channels)
+        cache = cache_latents(images, vae, arguments.output_dir, names=names, **choices)
     if state.is_main_process:
         seconds = time.monotonic() - started
         size = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors"))
         print(f"{len(cache)} images in {seconds:.0f} s ({len(cache) / seconds:.1f} images/s, those kept from before included),", end=" ")
         print(f"{size / 1e9:.2f} GB of latents {cache.channels} x {cache.size[0]} x {cache.size[1]} in {cache.folder}")
-        draw_reconstructions(cache, images, vae)
+        draw_reconstructions(cache, *shown(images, len(cache)), vae)
     return cache
 
 
 def view(dataset: Dataset, arguments: Arguments, *, channels: int) -> LabelledImages:
-    """Checked images. Of the first few of a dataset some classes may have none, so that only the labels themselves are checked."""
-    columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+    """Checked images, so many as asked for. Of the first few of a dataset some classes may have none, so that only the labels themselves are checked."""
+    if arguments.max_samples is not None:
+        dataset = dataset.select(range(min(arguments.max_samples, len(dataset))))
+    columns: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
     labels = np.asarray(dataset[arguments.label_column])
     size = (arguments.resolution, arguments.resolution)
     if arguments.max_samples is None:
@@ -93,6 +98,15 @@ def view(dataset: Dataset, arguments: Arguments, *, channels: int) -> LabelledIm
     images = LabelledImages(dataset, size=size, channels=channels, num_classes=0, **columns)
     images.labels = labels
     return images
+
+
+def shown(images: LabelledImages | ImageStream, count: int, columns: int = 8) -> tuple[Sequence[int], Tensor]:
+    """Rows that lie evenly in the dataset, of a stream the first ones, and their images."""
+    if isinstance(images, ImageStream):
+        originals = images.first(min(columns, count))[0]
+        return range(len(originals)), originals
+    rows = np.linspace(0, count - 1, min(columns, count)).round().astype(int).tolist()
+    return rows, images.gather(rows)[0]
 
 
 @torch.no_grad()
@@ -103,10 +117,8 @@ def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
     return torch.cat([vae.decode(part).sample.float().cpu() for part in parts]).clamp(-1, 1)
 
 
-def draw_reconstructions(cache: LatentCache, images: LabelledImages, vae: AutoencoderKL, *, columns: int = 8) -> None:
-    """Originals above reconstructions, of images that lie evenly in the dataset; below each pair its class and peak signal to noise ratio."""
-    rows: Sequence[int] = np.linspace(0, len(cache) - 1, min(columns, len(cache))).round().astype(int).tolist()
-    originals = images.gather(rows)[0]
+def draw_reconstructions(cache: LatentCache, rows: Sequence[int], originals: Tensor, vae: AutoencoderKL) -> None:
+    """Originals above reconstructions of these rows; below each pair its class and peak signal to noise ratio."""
     reconstructions = decode(vae, cache.gather(rows)[0])
     psnr = -10 * ((originals - reconstructions) / 2).square().mean(dim=(1, 2, 3)).log10()
     above, below = pictures(originals), pictures(reconstructions)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from test_train_imagenet import example
-from transformers import HfArgumentParser
 
 from drifting_diffusers.arguments import parse_arguments
 from drifting_diffusers.config import DriftingConfig, EncoderConfig
@@ -34,7 +33,7 @@ def test_commands_are_understood(name, config):
 
 
 def test_the_cache_command_is_understood():
-    (arguments,) = HfArgumentParser(example("cache_latents").Arguments).parse_args_into_dataclasses(flags_of("cache_latents"))
+    (arguments,) = parse_arguments((example("cache_latents").Arguments,), flags_of("cache_latents"))
     assert (arguments.resolution, arguments.output_dir) == (256, "latents/train")
 
 

@@ -146,9 +146,7 @@ class RealSamples(ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """Enough to tell one set of samples from another, as JSON: the labels in order, and the first and last sample."""
-        digest = lambda array: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
-        ends = self.gather([0, len(self) - 1])[0]
-        return {"images": len(self), "labels": digest(self.labels), "first_and_last": digest(ends.numpy())}
+        return fingerprint_of(self.labels, self.gather([0, len(self) - 1])[0])
 
     def starters(self, n: int, *, seed: int) -> list[int]:
         """The positions of n samples of every class (all where it has fewer), shuffled: what a bank starts with."""
@@ -171,6 +169,12 @@ class RealSamples(ABC):
         order = np.argsort(self.labels, kind="stable")
         firsts = np.unique(self.labels[order], return_index=True)[1]
         return [rows[:n] for rows in np.split(order, firsts[1:])]
+
+
+def fingerprint_of(labels: np.ndarray, ends: Float[Tensor, "2 c h w"]) -> dict[str, Any]:
+    """That of samples with these labels, the first and the last of which are `ends`."""
+    digest = lambda array: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+    return {"images": len(labels), "labels": digest(labels), "first_and_last": digest(ends.numpy())}
 
 
 def coin(seed: Sequence[int]) -> bool:
@@ -251,13 +255,20 @@ class LabelledImages(RealSamples):
 
     def tensor(self, row: int, image: Any, crop: Callable[[int, int], Box] | None = None) -> Float[Tensor, "c h w"]:
         """An image that came as this row, or a part of it, in the form of the others."""
-        where = f"row {row} of column {self.image_column!r}"
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"{where} must be an image, got {_kind(image)}: {_way_out(image, self.image_column)}")
-        try:
-            return to_tensor(image, self.size, self.channels, crop)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
+        return named_tensor(row, image, column=self.image_column, size=self.size, channels=self.channels, crop=crop)
+
+
+def named_tensor(
+    row: int, image: Any, *, column: str, size: tuple[int, int], channels: int, crop: Callable[[int, int], Box] | None = None
+) -> Float[Tensor, "c h w"]:
+    """`to_tensor` of what came as this row, which is named where it is no image that can be read."""
+    where = f"row {row} of column {column!r}"
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"{where} must be an image, got {_kind(image)}: {_way_out(image, column)}")
+    try:
+        return to_tensor(image, size, channels, crop)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 class ShuffledOrder:

@@ -25,25 +25,37 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import ModelMixin
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .data import RealSamples
-from .extractors import digest
-from .files import write_tensors, write_text
+from .latent_shards import (
+    DESCRIPTION,
+    STORED,
+    UNFINISHED,
+    VARIED,
+    VERSION,
+    agreed,
+    allowed_labels,
+    check_choices,
+    claim,
+    drawn,
+    encoded,
+    finish,
+    latent_shape,
+    name_of,
+    of_row,
+    shards_of,
+    weights_of,
+    write_shard,
+)
 from .sampling import processes
 from .shapes import Float, Int
 
-VERSION = 1
-DESCRIPTION, UNFINISHED = "latent_cache.json", "unfinished.json"
-STORED = {"moments": ("mean", "std"), "sample": ("latents",)}  # what a shard holds beside its labels
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SAME, VARIED = range(2)  # the first word of a seed: of the noise of a row, of a draw
 CHUNK = 32  # latents computed at a time: they stay in the processor's cache
-AGAIN = "run cache_latents with the same arguments again: it makes only what is missing"
+AGAIN = "run cache_latents (of a stream cache_stream) with the same arguments again: it makes only what is missing"
 
 
 class LatentCache(RealSamples):
@@ -82,7 +94,7 @@ class LatentCache(RealSamples):
     def gather(self, rows: Sequence[int]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
         """The scaled latents [n, c, h, w] of these rows in float32, not mirrored, and their labels. A row's eps is a function of the row alone."""
         at = self._checked(rows)
-        return self._latents(at, np.zeros_like(at), [_of_row(row) for row in at.tolist()]), torch.from_numpy(self.labels[at])
+        return self._latents(at, np.zeros_like(at), [of_row(row) for row in at.tolist()]), torch.from_numpy(self.labels[at])
 
     def varied(self, rows: Sequence[int], seeds: Sequence[Sequence[int]], *, flip: bool) -> Float[Tensor, "n c h w"]:
         """The scaled latents [n, c, h, w] of these rows in float32; which are mirrored, and eps, are functions of the seeds.
@@ -137,7 +149,7 @@ class LatentCache(RealSamples):
     def _drawn(self, stored: list[Tensor], chance: Sequence[np.random.Generator]) -> Float[Tensor, "n c h w"]:
         if self.description["stored"] == "sample":
             return stored[0].float()
-        return _drawn(stored[0].float(), stored[1].float(), chance, self.description)
+        return drawn(stored[0].float(), stored[1].float(), chance, self.description)
 
 
 def cache_latents(
@@ -181,25 +193,14 @@ def cache_latents(
         TypeError: if the VAE tells no posterior.
     """
     folder, state = Path(folder), state or processes()
-    _check(images, names, dtype, batch_size, shard_size)
+    check_choices(dtype, batch_size, shard_size)
+    _check_labels(images, names)
     vae = vae.to(device or state.device)  # pyright: ignore[reportArgumentType]
-    contract = {
-        "version": VERSION,
-        "stored": "moments" if moments else "sample",
-        "dtype": _name(dtype),
-        "flips": flips,
-        "images": len(images),
-        "image_size": list(images.size),
-        "latent_shape": _latent_shape(images, vae),
-        "scaling_factor": float(vae.config.get("scaling_factor") or 1.0),
-        "shift_factor": float(vae.config.get("shift_factor") or 0.0),
-        "names": None if names is None else list(names),
-        "shards": _shards(len(images), shard_size),
-    }
+    shape = latent_shape(images.gather([0])[0], vae)
+    contract = agreed(vae, images.size, shape, names=names, moments=moments, flips=flips, dtype=dtype)
+    contract |= {"images": len(images), "shards": shards_of(len(images), shard_size)}
     if state.is_main_process:
-        contract["vae"] = {"digest": digest(vae), "encoded_in": _name(vae.dtype)}
-        contract["dataset"] = images.fingerprint()
-        _claim(folder, contract | {"vae_name": str(vae.config.get("_name_or_path") or ""), "source": source or {}})
+        claim(folder, contract | {"dataset": images.fingerprint()} | weights_of(vae, source))
     state.wait_for_everyone()
     mine = contract["shards"][state.process_index :: state.num_processes]
     missing = [shard for shard in mine if not (folder / shard["file"]).exists()]
@@ -210,18 +211,9 @@ def cache_latents(
         _write_shards(images, vae, folder, contract, missing, batch_size=batch_size, num_workers=num_workers, bar=bar)
     state.wait_for_everyone()
     if state.is_main_process:
-        _finish(folder, contract["shards"])
+        finish(folder, contract["shards"])
     state.wait_for_everyone()
     return LatentCache(folder)
-
-
-def _shards(n: int, shard_size: int) -> list[dict[str, Any]]:
-    """The files of n images, with the first of each and how many it holds."""
-    firsts = range(0, n, shard_size)
-    return [
-        {"file": f"{i:05d}-of-{len(firsts):05d}.safetensors", "first": first, "images": min(shard_size, n - first)}
-        for i, first in enumerate(firsts)
-    ]
 
 
 def _write_shards(
@@ -244,10 +236,9 @@ def _write_shards(
     for shard, all_rows, parts in zip(shards, rows, batches, strict=True):
         found = []
         for part in parts:
-            found.append(_encoded(next(read), vae, part.start, contract))
+            found.append(encoded(next(read), vae, part.start, contract))
             bar.update(len(part))
-        stored = dict(zip(STORED[contract["stored"]], map(torch.cat, zip(*found, strict=True)), strict=True))
-        write_tensors(folder / shard["file"], stored | {"labels": torch.as_tensor(images.labels[list(all_rows)], dtype=torch.long)})
+        write_shard(folder / shard["file"], found, images.labels[list(all_rows)], contract)
 
 
 class _Batches(Dataset):
@@ -261,52 +252,6 @@ class _Batches(Dataset):
 
     def __getitem__(self, index: int) -> Float[Tensor, "b c h w"]:
         return self.images.gather(self.batches[index])[0]
-
-
-@torch.no_grad()
-def _posterior(vae: ModelMixin, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k y x"], Float[Tensor, "b k y x"]]:
-    """Mean and standard deviation of the latents of images, unscaled, on the CPU."""
-    found = vae.encode(images.to(vae.device, vae.dtype))
-    if not isinstance(getattr(found, "latent_dist", None), DiagonalGaussianDistribution):
-        raise TypeError(
-            f"the vae must tell a normal posterior, `encode(images).latent_dist`, as AutoencoderKL does; got {type(vae).__name__}"
-        )
-    exact = DiagonalGaussianDistribution(found.latent_dist.parameters.float())
-    return exact.mean.cpu(), exact.std.cpu()
-
-
-def _encoded(images: Float[Tensor, "b c h w"], vae: ModelMixin, first: int, contract: dict[str, Any]) -> list[Float[Tensor, "b f k y x"]]:
-    """What is stored of consecutive images: mean and std, or one latent each."""
-    views = []
-    for mirrored in range(1 + contract["flips"]):
-        moments = _posterior(vae, images.flip(3) if mirrored else images)
-        if contract["stored"] == "sample":
-            moments = (_drawn(*moments, [_of_row(first + i, mirrored) for i in range(len(images))], contract),)
-        views.append(moments)
-    stored = [torch.stack(tensors, dim=1).to(getattr(torch, contract["dtype"])) for tensors in zip(*views, strict=True)]
-    if not all(tensor.isfinite().all() for tensor in stored):
-        raise ValueError(
-            f"latents of the images {first} to {first + len(images) - 1} are not finite, encoded in {vae.dtype} and stored in {contract['dtype']}: "
-            f"take a vae in float32 or bfloat16, and dtype=torch.bfloat16 or torch.float32 if that is not enough"
-        )
-    return stored
-
-
-def _of_row(row: int, mirrored: int = 0) -> np.random.Generator:
-    """The chance of an image, or mirror image, that is the same whenever it is looked at."""
-    return np.random.default_rng((SAME, row, mirrored))
-
-
-def _drawn(
-    mean: Float[Tensor, "n k y x"], std: Float[Tensor, "n k y x"], chance: Sequence[np.random.Generator], scales: dict[str, Any]
-) -> Float[Tensor, "n k y x"]:
-    """One scaled latent each."""
-    eps = torch.from_numpy(np.stack([rng.standard_normal(mean.shape[1:], dtype=np.float32) for rng in chance]))
-    return eps.mul_(std).add_(mean).sub_(scales["shift_factor"]).mul_(scales["scaling_factor"])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -339,63 +284,17 @@ def _open(folder: Path, shard: dict[str, Any], description: dict[str, Any]) -> t
             tensors = [opened.get_tensor(name) for name in STORED[description["stored"]]]
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it and {AGAIN}") from error
-    if len(labels) != shard["images"] or any(tensor.shape != shape or _name(tensor.dtype) != description["dtype"] for tensor in tensors):
-        got = [(list(tensor.shape), _name(tensor.dtype)) for tensor in tensors]
+    if len(labels) != shard["images"] or any(tensor.shape != shape or name_of(tensor.dtype) != description["dtype"] for tensor in tensors):
+        got = [(list(tensor.shape), name_of(tensor.dtype)) for tensor in tensors]
         raise ValueError(
             f"{file} is not the one that {DESCRIPTION} tells of: its tensors must be {list(shape)} in {description['dtype']}, got {got}; delete it and {AGAIN}"
         )
     return labels, [tensor.flatten(0, 1) for tensor in tensors]
 
 
-def _claim(folder: Path, contract: dict[str, Any]) -> None:
-    """Write down what the shards will be of, or refuse those of something else; names of the same weights and images do not count."""
-    contract = json.loads(json.dumps(contract))
-    for file in (folder / DESCRIPTION, folder / UNFINISHED):
-        if file.exists():
-            there = json.loads(file.read_text(encoding="utf-8"))
-            different = [key for key in sorted({*contract, *there} - {"vae_name", "source"}) if contract.get(key) != there.get(key)]
-            if different:
-                wanted, found = ({key: _brief(key, side.get(key)) for key in different} for side in (contract, there))
-                raise ValueError(
-                    f"{folder} holds latents of something else: asked for {wanted}, there is {found}; choose another folder, or delete this one"
-                )
-            return
-    write_text(folder / UNFINISHED, json.dumps(contract, indent=2) + "\n")
-
-
-def _brief(key: str, value: Any) -> Any:
-    return f"{len(value)} of up to {value[0]['images']} images" if key == "shards" and value else value
-
-
-def _finish(folder: Path, shards: list[dict[str, Any]]) -> None:
-    """The description appears when all that it tells of is there."""
-    missing = [shard["file"] for shard in shards if not (folder / shard["file"]).exists()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {missing} although all processes are done: do all of them see this folder?")
-    if (folder / UNFINISHED).exists():
-        (folder / UNFINISHED).rename(folder / DESCRIPTION)
-
-
-def _check(images: RealSamples, names: Sequence[str] | None, dtype: torch.dtype, batch_size: int, shard_size: int) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"latents are stored in {', '.join(map(str, DTYPES))}, got {dtype}")
-    if min(batch_size, shard_size) < 1:
-        raise ValueError(f"batch_size and shard_size must be at least 1, got {batch_size} and {shard_size}")
+def _check_labels(images: RealSamples, names: Sequence[str] | None) -> None:
     low, high = images.labels.min(), images.labels.max()
     if low < 0 or (names is not None and high >= len(names)):
-        allowed = f"[0, {len(names)}), as there are names" if names is not None else "[0, number of classes)"
         raise ValueError(
-            f"labels must lie in {allowed}; got values from {low} to {high}: leave out rows without a label, or give all names"
+            f"labels must lie in {allowed_labels(names)}; got values from {low} to {high}: leave out rows without a label, or give all names"
         )
-
-
-def _latent_shape(images: RealSamples, vae: ModelMixin) -> list[int]:
-    """Of the first image."""
-    wanted = vae.config.get("in_channels", images.channels)
-    if images.channels != wanted:
-        raise ValueError(f"the vae reads images of {wanted} channels, got {images.channels}: open the images with channels={wanted}")
-    shape = list(_posterior(vae, images.gather([0])[0])[0].shape[1:])
-    factor = round(images.size[0] / shape[1])
-    if any(side % factor for side in images.size):
-        raise ValueError(f"height and width must be multiples of {factor}, the vae's factor, got {images.size}: take another size")
-    return shape
