@@ -31,6 +31,7 @@ from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObject
 from drifting_diffusers.classifiers import SmallClassifier, kept_classifier
 from drifting_diffusers.data import LabelledImages
 from drifting_diffusers.evaluation import accuracy
+from drifting_diffusers.presets import PRESETS
 
 DATA = Path(__file__).parent / "data/fashion_mnist"
 Metrics = Callable[[Tensor, Tensor], dict[str, float]]
@@ -97,39 +98,16 @@ def neighbours(images: Tensor, labels: Tensor, train_images: Tensor, train_label
 
 def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, encoder: SmallClassifier, metrics: Metrics) -> DriftingTrainer:
     torch.manual_seed(arguments.seed)
-    generator = DriftingGenerator(
-        sample_size=28,
-        patch_size=7,  # 16 tokens: on a CPU more steps are worth more than finer patches
-        in_channels=1,
-        num_classes=10,
-        num_layers=3,
-        num_attention_heads=4,
-        attention_head_dim=32,
-        num_class_tokens=0,
-        num_style_tokens=8,
-        style_codebook_size=32,
-        rope=False,
-        guidance_embedding=False,
-    )
-    config = DriftingConfig(
+    generator = DriftingGenerator(**PRESETS["fashion-mnist"].model)
+    fifth, half = max(1, arguments.max_steps // 5), max(1, arguments.max_steps // 2)
+    config = DriftingConfig.preset(
+        "fashion-mnist",
         output_dir=arguments.output_dir,
-        max_steps=arguments.max_steps,
+        steps=arguments.max_steps,
         seed=arguments.seed,
-        labels_per_step=5,
-        generated_per_label=16,
-        positives_per_label=64,
-        unconditional_per_label=0,
-        bank_size=800,  # all of the training images
-        cache_features=True,
-        push_per_step=1,
-        learning_rate=6e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(50, arguments.max_steps),
-        ema_decay=0.99,
-        eval_steps=max(1, arguments.max_steps // 5),
-        preview_steps=max(1, arguments.max_steps // 5),
-        save_steps=max(1, arguments.max_steps // 2),
-        save_total_limit=1,
+        eval_steps=fifth,
+        preview_steps=fifth,
+        save_steps=half,
     )
     return DriftingTrainer(
         generator,
@@ -149,7 +127,7 @@ def write_results(trainer: DriftingTrainer, pipeline: Path, found: dict[str, flo
         "real": real | {"energy": found["energy_real"], "spread": found["spread_real"]},
         "meaning": MEANING,
         "dataset": "zalando-datasets/fashion_mnist",
-        "training_images": len(trainer.train_data),
+        "training_images": len(cast(Any, trainer.train_data)),
         "samples_per_class": each,
         "held_out_per_class": each,
         "steps": trainer.step,
