@@ -21,7 +21,8 @@ from torch import Tensor
 
 from drifting_diffusers.arguments import parse_arguments
 from drifting_diffusers.data import LabelledImages, label_names, open_images
-from drifting_diffusers.latent_streams import ImageStream, cache_stream
+from drifting_diffusers.image_streams import ImageStream
+from drifting_diffusers.latent_streams import cache_stream
 from drifting_diffusers.latents import LatentCache, cache_latents
 from drifting_diffusers.sampling import processes
 from drifting_diffusers.sheets import INK, MARGIN, PAPER, pictures

@@ -4,7 +4,8 @@
     accelerate launch examples/train_mae.py --preset mae-pixel-640 --dataset_name ... --eval_split validation
     accelerate launch examples/train_mae.py --preset mae-latent-256 --latents outputs/latents --crop_area_min 1
 
-Images are cropped at random before a VAE encodes them as they come; --latents trains on a cache of examples/cache_latents.py, without crops. Leaves
+Images are cropped at random before a VAE encodes them as they come; --latents trains on a cache of examples/cache_latents.py, without crops. With
+--streaming images pass by in the order in which they come and never lie on a disk. Leaves
 previews and encoder/ in the output_dir: MaskedAutoencoder.from_pretrained loads it, DriftingObjective(encoder.activations) compares samples in it.
 Run the same command again and it goes on where it stopped.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from diffusers import AutoencoderKL
 
 from drifting_diffusers import MaskedAutoencoder
@@ -41,7 +42,8 @@ class Arguments:
     )
     train_split: str = option("train", "split to train on")
     eval_split: str | None = option(None, "split of held-out images; without one evaluations are of training images")
-    max_train_samples: int | None = option(None, "train on so many images only, the first of a shuffle")
+    streaming: bool = option(False, "read training images as a stream; needs --eval_split")
+    max_train_samples: int | None = option(None, "train on so many images only, the first of a shuffle, of a stream the first")
     resolution: int = option(256, "side of the images in pixels")
     latents: str | None = option(None, "folder of a latent cache to train on; needs --crop_area_min 1")
     eval_latents: str | None = option(None, "folder of a latent cache of held-out images")
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> MaskedAutoencoderTrainer:
         vae = open_vae(arguments)
     torch.manual_seed(config.seed)
     trainer = MaskedAutoencoderTrainer(
-        make_encoder(arguments, config, train, vae),
+        make_encoder(arguments, config, [train, held_out], vae),
         train,
         config,
         size=None if arguments.latents else (arguments.resolution, arguments.resolution),
@@ -82,15 +84,20 @@ def main(argv: list[str] | None = None) -> MaskedAutoencoderTrainer:
     return trainer
 
 
-def real_samples(arguments: Arguments, seed: int) -> tuple[Dataset | RealSamples, Dataset | RealSamples | None]:
+def real_samples(arguments: Arguments, seed: int) -> tuple[Dataset | IterableDataset | RealSamples, Dataset | RealSamples | None]:
     """What is trained on and what is held out, which may be nothing."""
     name = arguments.dataset_name
     if (arguments.latents is None) == (name is None):
         raise SystemExit("give what to train on as --dataset_name or as --latents, one of them")
+    if arguments.streaming and (name is None or arguments.eval_split is None):
+        raise SystemExit("--streaming is of images, --dataset_name, and needs held-out ones, --eval_split")
     if name is None:
         return LatentCache(arguments.latents or ""), LatentCache(arguments.eval_latents) if arguments.eval_latents else None
-    train, held_out = open_images(name, arguments.train_split), open_images(name, arguments.eval_split) if arguments.eval_split else None
-    if arguments.max_train_samples is not None:
+    train = open_images(name, arguments.train_split, streaming=arguments.streaming)
+    held_out = open_images(name, arguments.eval_split) if arguments.eval_split else None
+    if arguments.max_train_samples is not None and arguments.streaming:
+        train = train.take(arguments.max_train_samples)
+    elif arguments.max_train_samples is not None:
         train = train.shuffle(seed=seed).select(range(min(arguments.max_train_samples, len(train))))
     return train, held_out
 
@@ -105,8 +112,9 @@ def open_vae(arguments: Arguments) -> AutoencoderKL | None:
     return AutoencoderKL.from_pretrained(name, subfolder=arguments.vae_subfolder) if name else None
 
 
-def make_encoder(arguments: Arguments, config: EncoderConfig, train: Dataset | RealSamples, vae: AutoencoderKL | None) -> MaskedAutoencoder:
-    """The encoder of the preset, with what the arguments say, for the channels and classes of the data."""
+def make_encoder(arguments: Arguments, config: EncoderConfig, data: list[Any], vae: AutoencoderKL | None) -> MaskedAutoencoder:
+    """The encoder of the preset, with what the arguments say, for the channels and classes of the data: what is trained on, and what is held out."""
+    train = data[0]
     given = {name: getattr(arguments, name) for name in ("base_channels", "layers_per_stage", "input_patch_size", "mask_patch_size")}
     model = model_of(arguments) | {name: value for name, value in given.items() if value not in (None, [])}
     if isinstance(train, RealSamples):
@@ -116,16 +124,17 @@ def make_encoder(arguments: Arguments, config: EncoderConfig, train: Dataset | R
     else:
         model["in_channels"] = arguments.channels or model.get("in_channels", 3)
     if config.classification_steps:
-        model["num_classes"] = count_classes(train, config.label_column)
+        model["num_classes"] = count_classes(data, config.label_column)
     return MaskedAutoencoder(**model)
 
 
-def count_classes(train: Dataset | RealSamples, label_column: str) -> int:
-    names = train.names if isinstance(train, RealSamples) else label_names(train, label_column)
-    if names is not None:
-        return len(names)
-    labels = train.labels if isinstance(train, RealSamples) else train[label_column]
-    return int(np.max(labels)) + 1
+def count_classes(data: list[Any], label_column: str) -> int:
+    """By their names, or by the labels; those of a stream are not known before it has passed by."""
+    names = [each.names if isinstance(each, RealSamples) else label_names(each, label_column) for each in data if each is not None]
+    if names[0] is not None:
+        return len(names[0])
+    readable = next(each for each in data if not isinstance(each, IterableDataset))
+    return int(np.max(readable.labels if isinstance(readable, RealSamples) else readable[label_column])) + 1
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def with_labels(stream, labels, kind="int64"):
 @pytest.mark.parametrize(
     ("label", "kind", "names", "allowed"),
     [
-        (None, "int64", NAMES, r"None in column 'label', and labels must be integers in \[0, 3\), as there are names: set label_column"),
+        (None, "int64", NAMES, r"None in column 'label', and labels must be integers in \[0, 3\): set label_column"),
         (-1, "int64", None, r"-1 in column 'label', and labels must be integers in \[0, number of classes\)"),
         (3, "int64", NAMES, r"3 in column 'label'"),
         ("b", "string", None, r"'[a0]' in column|'b' in column"),

@@ -1,7 +1,7 @@
 """What an encoder learns from in every step, and what it is evaluated on: images or latents, and what is masked of them.
 
 Every image of a run has a number, its ticket: step x batch_size + place in the batch. The row it reads, its crop, mirroring, mask and the noise of its
-latent are functions of (seed, ticket), so a step is the same on any number of processes.
+latent are functions of (seed, ticket), so a step is the same on any number of processes. Of a stream ticket t is the t-th image that comes.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from .config import EncoderConfig
 from .data import LabelledImages, RealSamples
 from .draws import random_stream
 from .encoders import MaskedAutoencoder
+from .image_streams import TrainingStream
 from .shapes import Float, Int
 from .sources import Ahead, TicketReader, Tickets
 
@@ -58,7 +59,7 @@ class EncoderDraws:
     """The batches of the steps, in order, each drawn while the step before runs, and the held-out ones.
 
     Args:
-        train_data: images, or samples that are taken as they are.
+        train_data: images, or samples that are taken as they are, or a stream of images.
         eval_data: of the same form.
         encoder: whose masks are drawn.
         config: how many of what.
@@ -77,7 +78,7 @@ class EncoderDraws:
 
     def __init__(
         self,
-        train_data: RealSamples,
+        train_data: RealSamples | TrainingStream,
         eval_data: RealSamples,
         encoder: MaskedAutoencoder,
         config: EncoderConfig,
@@ -94,13 +95,14 @@ class EncoderDraws:
             places,
             device,
         )
-        self.encodes = vae is not None and isinstance(train_data, LabelledImages)
+        self.encodes = vae is not None and isinstance(train_data, LabelledImages | TrainingStream)
         self.form = self._form(encoder)
         patch, ratio = encoder.config.input_patch_size, (config.mask_ratio_min, config.mask_ratio_max)
         self._mask = lambda rng: encoder.draw_mask(BLOCK, (self.form[1] // patch, self.form[2] // patch), generator=rng, ratio=ratio)
         self.eval_rows = np.random.default_rng(config.seed).permutation(len(eval_data))[: config.eval_samples].tolist()
-        self._tickets = Tickets([], len(train_data), seed=config.seed)
+        self._tickets = Tickets([], 0 if isinstance(train_data, TrainingStream) else len(train_data), seed=config.seed)
         self._ahead: Ahead[EncoderBatch] | None = None
+        self._next = 0  # the step after the one that was asked for last
 
     def _form(self, encoder: MaskedAutoencoder) -> tuple[int, int, int]:
         form, other = ((data.channels, *data.size) for data in (self.train_data, self.eval_data))
@@ -130,7 +132,9 @@ class EncoderDraws:
         if self._ahead is None:
             stream = self._read_from(step)
             self._ahead = Ahead(lambda step: self._draw(step, stream), self.config.max_steps)
-        return self._ahead(step)
+        batch = self._ahead(step)
+        self._next = step + 1
+        return batch
 
     def close(self) -> None:
         """Wait for what is being drawn, and drop it; then any step may be asked for."""
@@ -143,7 +147,21 @@ class EncoderDraws:
         first = step * self.config.batch_size
         return range(first + self.places.start, first + self.places.stop)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where a stream is before the next step; rows have no state."""
+        streamed = isinstance(self.train_data, TrainingStream)
+        return {"step": self._next, "position": self.train_data.positions[self._next]} if streamed else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where a stream was."""
+        self.close()
+        if isinstance(self.train_data, TrainingStream):
+            self._next = state["step"]
+            self.train_data.positions = {self._next: state["position"]}
+
     def _read_from(self, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        if isinstance(self.train_data, TrainingStream):
+            return self.train_data.parts(step, self.places, READ, max(1, self.config.dataloader_num_workers))
         reader = TicketReader(self.train_data, self._tickets, flip=self.config.random_flip)
         parts = lambda tickets: (list(tickets[i : i + READ]) for i in range(0, len(tickets), READ))
         batches = (part for k in range(step, self.config.max_steps) for part in parts(self.tickets_of(k)))

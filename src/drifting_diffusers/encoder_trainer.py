@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -19,6 +19,7 @@ from .data import LabelledImages, RealSamples
 from .encoder_draws import EncoderBatch, EncoderDraws
 from .encoders import MaskedAutoencoder
 from .extractors import digest
+from .image_streams import ImageStream, TrainingStream
 from .loop import COUNTS, TrainingLoop, repository_of
 from .losses import NonFinite
 from .runs import RunFolder
@@ -39,11 +40,12 @@ class MaskedAutoencoderTrainer(TrainingLoop):
     Args:
         encoder: it is trained in place.
         train_dataset: images as a `datasets.Dataset`, with integer labels in a run that classifies; or samples that can be read by row, such as a
-            `LatentCache`, which are taken as they are: random crops are made before a VAE encodes.
+            `LatentCache`, which are taken as they are: random crops are made before a VAE encodes. Or images as an `IterableDataset`, pass after pass
+            in the order in which they come, which should not be sorted by class.
         config: every other choice.
         size: (height, width) of the images that the encoder, or the vae, is given; the paper's are 256 x 256. A dataset of images needs it; samples
             that are read by row have their own.
-        eval_dataset: held-out images or samples. Without it evaluations are of training images.
+        eval_dataset: held-out images or samples. Without it evaluations are of training images, which those of a stream cannot be.
         vae: for an encoder of latents. Images are encoded as they come, one latent drawn of each; of latents it decodes previews alone.
         callbacks: of transformers, instances or classes.
 
@@ -56,7 +58,7 @@ class MaskedAutoencoderTrainer(TrainingLoop):
     def __init__(
         self,
         encoder: MaskedAutoencoder,
-        train_dataset: Dataset | RealSamples,
+        train_dataset: Dataset | IterableDataset | RealSamples,
         config: EncoderConfig,
         *,
         size: tuple[int, int] | None = None,
@@ -72,8 +74,7 @@ class MaskedAutoencoderTrainer(TrainingLoop):
             vae.to(self.accelerator.device).eval().requires_grad_(False)
         self._channels = encoder.config.in_channels if vae is None else vae.config.in_channels
         self._classes = encoder.config.num_classes if config.classification_steps else 0
-        train_data = self._as_samples(train_dataset, size, crop_area_min=config.crop_area_min)
-        eval_data = train_data if eval_dataset is None else self._as_samples(eval_dataset, size)
+        train_data, eval_data = self._data(train_dataset, eval_dataset, size)
         places, device = _share(config.batch_size, self.accelerator), self.accelerator.device
         self.draws = EncoderDraws(train_data, eval_data, encoder, config, vae=vae, places=places, device=device)
         setup = {
@@ -83,12 +84,29 @@ class MaskedAutoencoderTrainer(TrainingLoop):
             "classification_from": _classification_from(config) if self._classes else None,  # it is another step in a longer run
         }
         self.run = RunFolder(config, setup)
-        self._prepare(encoder, [])
+        self._prepare(encoder, [self.draws] if isinstance(train_data, TrainingStream) else [])
+
+    def _data(
+        self, train_dataset: Any, eval_dataset: Any, size: tuple[int, int] | None
+    ) -> tuple[RealSamples | TrainingStream, RealSamples]:
+        config = self.config
+        if not isinstance(train_dataset, IterableDataset):
+            train_data = self._as_samples(train_dataset, size, crop_area_min=config.crop_area_min)
+            return train_data, train_data if eval_dataset is None else self._as_samples(eval_dataset, size)
+        if eval_dataset is None:
+            raise ValueError("a stream cannot be evaluated on, it passes by: give held-out images as eval_dataset, a datasets.Dataset")
+        eval_data, images = self._as_samples(eval_dataset, size), ImageStream(train_dataset, **self._form(size))
+        chance = {"seed": config.seed, "flip": config.random_flip, "crop_area_min": config.crop_area_min}
+        return TrainingStream(images, batch_size=config.batch_size, **chance), eval_data
 
     def _as_samples(self, dataset: Any, size: tuple[int, int] | None, crop_area_min: float = 1.0) -> RealSamples:
         if isinstance(dataset, RealSamples):
             _check_samples(dataset, size, crop_area_min, self._classes)
             return dataset
+        return LabelledImages(dataset, **self._form(size), complete=False, crop_area_min=crop_area_min)
+
+    def _form(self, size: tuple[int, int] | None) -> dict[str, Any]:
+        """What images are read as."""
         if size is None:
             raise ValueError("size is missing: the encoder takes images of any, so say (height, width), as in size=(256, 256) of the paper")
         if self._channels not in (1, 3):
@@ -96,8 +114,7 @@ class MaskedAutoencoderTrainer(TrainingLoop):
                 f"images have 1 or 3 channels, got in_channels={self._channels}: for an encoder of latents give the vae that makes them, or a LatentCache"
             )
         form: dict[str, Any] = {"size": size, "channels": self._channels, "num_classes": self._classes}
-        form |= {"image_column": self.config.image_column, "label_column": self.config.label_column}
-        return LabelledImages(dataset, **form, complete=False, crop_area_min=crop_area_min)
+        return form | {"image_column": self.config.image_column, "label_column": self.config.label_column}
 
     @property
     def _plain(self) -> MaskedAutoencoder:

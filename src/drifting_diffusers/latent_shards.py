@@ -159,10 +159,6 @@ def check_choices(dtype: torch.dtype, batch_size: int, shard_size: int) -> None:
         raise ValueError(f"batch_size and shard_size must be at least 1, got {batch_size} and {shard_size}")
 
 
-def allowed_labels(names: Sequence[str] | None) -> str:
-    return f"[0, {len(names)}), as there are names" if names is not None else "[0, number of classes)"
-
-
 def latent_shape(image: Float[Tensor, "1 c h w"], vae: ModelMixin) -> list[int]:
     """Of the latent of an image."""
     channels, *size = image.shape[1:]

@@ -4,35 +4,32 @@ Every process reads the whole stream and takes every N-th shard; rows of other s
 images there are is known at the end, so until then shards bear no total in their names.
 """
 
-import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Image, IterableDataset
+from datasets import IterableDataset
 from diffusers import ModelMixin
-from PIL.Image import DecompressionBombError
 from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import fingerprint_of, named_tensor
+from .data import fingerprint_of
 from .files import write_text
+from .image_streams import ImageStream
 from .latent_shards import (
     BESIDE,
     DESCRIPTION,
     UNFINISHED,
     agreed,
-    allowed_labels,
     check_choices,
     claim,
     encoded,
@@ -48,79 +45,6 @@ from .shapes import Float
 
 KNOWN_AT_THE_END = {"images", "shards", "dataset"}  # of a description
 Found = TypeVar("Found")
-
-
-class ImageStream:
-    """Images of a stream as tensors, in [-1, 1], with labels that are checked.
-
-    Args:
-        dataset: rows with an image and an integer label. Of streams that say what they hold only those images are decoded that are asked for.
-        size: (height, width) of the tensors.
-        channels: 1 for grey, 3 for RGB, 4 for RGBA.
-        image_column: the column of images.
-        label_column: the column of labels.
-        names: of the classes, in the order of their labels; without them labels have no upper bound.
-        max_samples: only so many images, the first; all if not given.
-
-    Raises:
-        TypeError: for a dataset of another kind.
-        ValueError: for missing columns.
-    """
-
-    def __init__(
-        self,
-        dataset: IterableDataset,
-        *,
-        size: tuple[int, int],
-        channels: int,
-        image_column: str,
-        label_column: str,
-        names: Sequence[str] | None = None,
-        max_samples: int | None = None,
-    ):
-        _check_stream(dataset, image_column, label_column, max_samples)
-        feature = (dataset.features or {}).get(image_column)
-        self.image = feature if isinstance(feature, Image) and feature.decode else Image()
-        self.rows = dataset.with_format(None)  # from its beginning, wherever the given one stands
-        if dataset.features:
-            self.rows = self.rows.cast_column(image_column, Image(mode=self.image.mode, decode=False))
-        self.size, self.channels, self.names, self.max_samples = size, channels, names, max_samples
-        self.image_column, self.label_column = image_column, label_column
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        """Images as they come, and labels."""
-        for number, row in enumerate(islice(self.rows, self.max_samples)):
-            yield row.get(self.image_column), self._label(number, row)
-
-    def first(self, n: int) -> tuple[Float[Tensor, "n c h w"], list[int]]:
-        """The first n images and their labels; fewer where there are not so many.
-
-        Raises:
-            ValueError: if there are none.
-        """
-        found = list(islice(self, n))
-        if not found:
-            raise ValueError("the stream is empty: there is nothing to encode")
-        return torch.stack([self.tensor(number, image) for number, (image, _) in enumerate(found)]), [label for _, label in found]
-
-    def tensor(self, number: int, image: Any) -> Float[Tensor, "c h w"]:
-        """The image that came as this row."""
-        try:
-            image = self.image.decode_example(image) if isinstance(image, dict) else image
-        except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:  # what PIL raises for files it cannot read
-            raise ValueError(
-                f"row {number} of column {self.image_column!r} cannot be read: {error}; leave it out with dataset.filter"
-            ) from error
-        return named_tensor(number, image, column=self.image_column, size=self.size, channels=self.channels)
-
-    def _label(self, number: int, row: Mapping[str, Any]) -> int:
-        label = row.get(self.label_column)
-        if isinstance(label, bool) or not isinstance(label, int | np.integer) or label < 0 or (self.names and label >= len(self.names)):
-            raise ValueError(
-                f"row {number} of the stream has the label {label!r} in column {self.label_column!r}, and labels must be integers in "
-                f"{allowed_labels(self.names)}: set label_column, or leave such rows out, dataset.filter(...)"
-            )
-        return int(label)
 
 
 def cache_stream(
@@ -177,12 +101,12 @@ def cache_stream(
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {num_workers}: they are threads, and one of them decodes")
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    stream = ImageStream(dataset, size=size, channels=vae.config.in_channels, **columns, names=names, max_samples=max_samples)
+    classes = None if names is None else len(names)
+    stream = ImageStream(dataset, size=size, channels=vae.config.in_channels, **columns, num_classes=classes, max_samples=max_samples)
     vae = vae.to(device or state.device)  # pyright: ignore[reportArgumentType]
-    first, labels = stream.first(1)
+    first = stream.first(1)[0]
     contract = agreed(vae, size, latent_shape(first, vae), names=names, moments=moments, flips=flips, dtype=dtype)
-    start = {"first_image": hashlib.sha256(first.numpy().tobytes()).hexdigest()[:16], "first_label": labels[0]}
-    contract["stream"] = {"max_samples": max_samples, "shard_size": shard_size} | start
+    contract["stream"] = {"max_samples": max_samples, "shard_size": shard_size} | stream.fingerprint()
     if state.is_main_process:
         contract |= weights_of(vae, source)
         claim(folder, contract, BESIDE - {"stream"} | KNOWN_AT_THE_END)
@@ -360,15 +284,3 @@ def _whole(folder: Path) -> bool:
     """Whether there is nothing left to do."""
     file = folder / DESCRIPTION
     return file.exists() and all((folder / shard["file"]).exists() for shard in json.loads(file.read_text(encoding="utf-8"))["shards"])
-
-
-def _check_stream(dataset: IterableDataset, image_column: str, label_column: str, max_samples: int | None) -> None:
-    if not isinstance(dataset, IterableDataset):
-        raise TypeError(
-            f"a stream must be a datasets.IterableDataset, got {type(dataset).__name__}: load it with streaming=True, or take cache_latents"
-        )
-    for name, column in (("image_column", image_column), ("label_column", label_column)):
-        if dataset.column_names is not None and column not in dataset.column_names:
-            raise ValueError(f"the stream has no column {column!r}; its columns are {dataset.column_names}: set {name}")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples must be at least 1, got {max_samples}: leave it out for all images")

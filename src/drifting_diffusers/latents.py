@@ -38,7 +38,6 @@ from .latent_shards import (
     VARIED,
     VERSION,
     agreed,
-    allowed_labels,
     check_choices,
     claim,
     drawn,
@@ -295,6 +294,7 @@ def _open(folder: Path, shard: dict[str, Any], description: dict[str, Any]) -> t
 def _check_labels(images: RealSamples, names: Sequence[str] | None) -> None:
     low, high = images.labels.min(), images.labels.max()
     if low < 0 or (names is not None and high >= len(names)):
+        allowed = f"[0, {len(names)}), as there are names" if names is not None else "[0, number of classes)"
         raise ValueError(
-            f"labels must lie in {allowed_labels(names)}; got values from {low} to {high}: leave out rows without a label, or give all names"
+            f"labels must lie in {allowed}; got values from {low} to {high}: leave out rows without a label, or give all names"
         )
