@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer = DriftingTrainer(generator, DriftingObjective(maps), train, config, eval_dataset=held_out, vae=base.vae)
     trainer.run.setup |= {"base": arguments.pretrained_model_name_or_path, "classes": names}  # another one is another run
     trainer.run.check()
+    trainer.about = origin(arguments)
     trainer.evaluate()  # before the first step: what the base is worth
     trainer.train()
     if state.is_main_process:
@@ -235,22 +236,24 @@ def finish(trainer: DriftingTrainer, base: DriftingPipeline, arguments: Argument
     return results
 
 
+def origin(arguments: Arguments) -> dict[str, str]:
+    """Where base and images came from, as far as that is the Hub, and the licence."""
+    hub = lambda name: None if Path(name).exists() else name
+    base = arguments.base_model or hub(arguments.pretrained_model_name_or_path)
+    found = {"base_model": base, "dataset": hub(arguments.dataset_name), "license": arguments.license}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def numbers(trainer: DriftingTrainer, base: DriftingPipeline, arguments: Arguments) -> dict[str, Any]:
     """Energy distance and spread, what they were at the start and are for real images, and how they were made."""
     looks = [entry for entry in trainer.log_history if "energy" in entry]
     first, last, config = looks[0], looks[-1], trainer.config
-    here = [name for name in (arguments.pretrained_model_name_or_path, arguments.dataset_name) if Path(name).exists()]
-    hub = lambda name: None if name in here else name
-    base_model = arguments.base_model or hub(arguments.pretrained_model_name_or_path)
-    dataset = hub(arguments.dataset_name)
     found = {
         "metrics": {name: last[name] for name in ("energy", "spread")},
         "before": {name: first[name] for name in ("energy", "spread")},
         "real": {name: last[f"{name}_real"] for name in ("energy", "spread")},
         "better": {"energy": "lower"},
-        "base_model": base_model,
-        "dataset": dataset,
-        "license": arguments.license,
+        **origin(arguments),
         "training_images": len(cast(RealSamples, trainer.train_data)),
         "classes": trainer.labels,
         "held_out": trainer.eval_data is not trainer.train_data,

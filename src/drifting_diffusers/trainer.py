@@ -74,6 +74,7 @@ class DriftingTrainer(TrainingLoop):
     ):
         super().__init__(config, callbacks)
         self.objective, self.vae = objective, vae
+        self.about: dict[str, Any] = {}  # what else a card should say: dataset, license, base_model
         self._model_config = generator.config
         _check_generator(generator, config)
         self.slots = _share(config.labels_per_step, self.accelerator)
@@ -355,6 +356,7 @@ class DriftingTrainer(TrainingLoop):
             "metrics": {name: value for name, value in numbers.items() if not name.endswith("_real")},
             "real": real,
             "step": entry["step"],
+            **self.about,
             "samples_per_class": count,
         }
 
