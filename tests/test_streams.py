@@ -52,8 +52,8 @@ def held(feed):
 def copied(feed):
     """A state as a checkpoint has it: its tensors are written down at once."""
     state = feed.state_dict()
-    banks = {name: {key: value.clone() for key, value in bank.items()} for name, bank in state.items() if name != "position"}
-    return banks | {"position": state["position"]}
+    banks = {name: {key: value.clone() for key, value in state[name].items()} for name in ("positives", "negatives")}
+    return state | banks
 
 
 def test_images_come_in_order_pass_after_pass(feed, view):
@@ -63,21 +63,24 @@ def test_images_come_in_order_pass_after_pass(feed, view):
     for step in range(9):
         ours.advance(step)
     assert_close(ours.negatives.samples[0], view.gather([i % ROWS for i in range(30)])[0], rtol=0, atol=0)
-    assert ours.state_dict()["position"]["read"] == 30
+    assert ours.state_dict()["batches"] == 10
     assert isinstance(ours, Feed)
     assert isinstance(ours.positives, Drawable)
 
 
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "through a buffer"])
 @pytest.mark.parametrize("push", [3, 5])
-def test_it_is_resumed_at_any_position_to_the_same_bits(push, feed):
-    """With 5 a step every other step ends with a pass: there the stream that is resumed has nothing left."""
-    whole, states, seen = feed(push_per_step=push), [], []
+def test_it_is_resumed_at_any_position_to_the_same_bits(push, shuffled, feed, dataset):
+    """With 5 a step every other step ends with a pass: there the stream that is resumed has nothing left. A shuffle buffer is filled again."""
+    stream = dataset.to_iterable_dataset()
+    stream = stream.shuffle(seed=3, buffer_size=4) if shuffled else stream
+    whole, states, seen = feed(stream, push_per_step=push), [], []
     whole.fill()
     for step in range(8):
         states.append(copied(whole))
         seen.append(whole.advance(step))
     for step, state in enumerate(states):
-        again = feed(push_per_step=push)
+        again = feed(stream, push_per_step=push)
         again.load_state_dict(state)
         for later in range(step, 8):
             assert_close(again.advance(later), seen[later])
@@ -89,8 +92,9 @@ def test_the_position_is_that_of_what_is_in_the_banks_though_more_is_read_alread
     ours.fill()
     ours.advance(0)
     ours._next.result()
-    assert ours.state_dict()["position"]["read"] == int(ours.positives.count.sum()) == 9
-    assert ours.read == 12
+    assert 3 * ours.state_dict()["batches"] == int(ours.positives.count.sum()) == 9
+    assert ours.state_dict()["position"]["rows"] == 9
+    assert ours.stream.positions[4]["rows"] == 2  # of the next pass
 
 
 def test_a_state_is_loaded_while_the_next_images_are_read(feed):
@@ -188,7 +192,7 @@ def test_a_column_that_is_missing_is_named(feed, dataset):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"label": 2}, ValueError, r"image 0 of the stream has the label 2 in column 'label', and labels must be integers in \[0, 2\)"),
+        ({"label": 2}, ValueError, r"row 0 of the stream has the label 2 in column 'label', and labels must be integers in \[0, 2\)"),
         ({"label": None}, ValueError, "has the label None in column 'label'"),
         ({"label": "cat"}, ValueError, "has the label 'cat' in column 'label'"),
         ({"image": None}, TypeError, "row 0 of column 'image' must be an image, got None: leave such rows out"),

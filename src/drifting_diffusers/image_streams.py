@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, cast
@@ -129,7 +129,7 @@ class TrainingStream:
         """Enough to tell one stream from most others: its first image and label."""
         return self.images.fingerprint()
 
-    def parts(self, step: int, places: range, read: int, threads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def parts(self, step: int, places: range, read: int, threads: int) -> Generator[tuple[Tensor, Tensor, Tensor]]:
         """Samples, labels and numbers of these places of the batch of this step and all later ones, up to `read` at a time.
 
         Args:

@@ -4,22 +4,20 @@ A stream cannot be read at random, so its checkpoints hold the banks themselves,
 should not be sorted by class.
 """
 
-import copy
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from datasets import IterableDataset
 from torch import Tensor
 
 from .bank import SampleBank
-from .data import LabelledImages, coin
-from .shapes import Float, Int
+from .data import LabelledImages
+from .image_streams import ImageStream, TrainingStream
+from .shapes import Int
 
-Fresh = tuple[Tensor, Tensor, dict[str, Any]]
+Fresh = tuple[Tensor, Tensor]
 
 
 class StreamFeed:
@@ -60,18 +58,22 @@ class StreamFeed:
         device: torch.device | str = "cpu",
         progress: bool = True,
     ):
-        _check_columns(dataset, {"image_column": view.image_column} | ({"label_column": view.label_column} if num_classes > 1 else {}))
-        self.dataset = copy.copy(dataset)  # where it stands is ours alone
-        self.dataset.load_state_dict(cast(Any, None))
-        self.view, self.least, self.pack = view, least, pack
-        self.push_per_step, self.seed, self.flip, self.progress = push_per_step, seed, flip, progress
+        images = ImageStream(
+            dataset,
+            size=view.size,
+            channels=view.channels,
+            image_column=view.image_column,
+            label_column=view.label_column,
+            num_classes=num_classes if num_classes > 1 else 0,
+        )
+        self.stream = TrainingStream(images, batch_size=push_per_step, seed=seed, flip=flip, crop_area_min=1.0)
+        self.least, self.pack, self.progress = least, pack, progress
         shape = tuple(pack(view.gather([0])[0]).shape[1:])
         bank = lambda classes, size: SampleBank(classes, size, shape, dtype=dtype, device=device)
         self.positives = bank(num_classes, capacity)
         self.negatives = bank(1, unconditional_capacity) if unconditional_capacity else None
-        self.read = self.passes = 0  # images so far; whole passes so far
-        self._position: dict[str, Any] = {"read": 0, "passes": 0, "stream": None}  # after what is in the banks
-        self._rows = self._stream(resumed=False)
+        self.batches = self._read = 0  # that are in the banks; that were read
+        self._parts: Generator | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._next: Future[Fresh] | None = None
 
@@ -82,7 +84,7 @@ class StreamFeed:
             LookupError: if a whole pass has too few of some class.
         """
         while int(self.positives.count.min()) < self.least:
-            if self.passes:
+            if self.stream.positions[self.batches]["passes"]:
                 counts = self.positives.count
                 scarce = (counts < self.least).nonzero().flatten().tolist()
                 raise LookupError(
@@ -103,55 +105,32 @@ class StreamFeed:
         if self._pool is not None:
             self._pool.shutdown(wait=True)
             self._pool = None
+        if self._parts is not None:
+            self._parts.close()
+            self._parts = None
 
     def _push(self, fresh: Fresh) -> Int[Tensor, " n"]:
-        samples, labels, self._position = fresh
+        samples, labels = fresh
         kept = self.pack(samples)
         self.positives.push(kept, labels)
         if self.negatives is not None:
             self.negatives.push(kept, torch.zeros_like(labels))
+        self.batches += 1
         return labels
 
     def _fresh(self) -> Fresh:
-        """The next images and labels, and where the stream is behind them."""
-        rows = list(itertools.islice(self._rows, self.push_per_step))
-        samples = torch.stack([self._tensor(self.read + i, row) for i, row in enumerate(rows)])
-        labels = torch.tensor([self._label(self.read + i, row) for i, row in enumerate(rows)])
-        self.read += len(rows)
-        return samples, labels, {"read": self.read, "passes": self.passes, "stream": self.dataset.state_dict()}
-
-    def _label(self, number: int, row: Mapping[str, Any]) -> int:
-        classes, column = len(self.positives.count), self.view.label_column
-        if classes == 1:
-            return 0
-        label = row.get(column)
-        if not isinstance(label, int | np.integer) or not 0 <= label < classes:
-            raise ValueError(
-                f"image {number} of the stream has the label {label!r} in column {column!r}, and labels must be integers in [0, {classes}): set "
-                "label_column, or leave such rows out, dataset.filter(...)"
-            )
-        return int(label)
-
-    def _tensor(self, number: int, row: Mapping[str, Any]) -> Float[Tensor, "c h w"]:
-        image = self.view.tensor(number, row.get(self.view.image_column))
-        return image.flip(2) if self.flip and coin((self.seed, number)) else image
-
-    def _stream(self, *, resumed: bool) -> Iterator[Mapping[str, Any]]:
-        """Pass after pass; one that was resumed may have ended already."""
-        while True:
-            empty = not resumed
-            resumed = False
-            self.dataset.set_epoch(self.passes)
-            for row in self.dataset:
-                empty = False
-                yield row
-            if empty:
-                raise ValueError("the stream is empty: there is nothing to train on")
-            self.passes += 1
+        """The next images and labels."""
+        size = self.stream.batch_size
+        if self._parts is None:
+            self._parts = self.stream.parts(self._read, range(size), size, threads=2)
+        samples, labels, _ = next(self._parts)
+        self._read += 1
+        return samples, labels
 
     def state_dict(self) -> dict[str, Any]:
         banks = {"positives": self.positives, "negatives": self.negatives}
-        return {"position": self._position} | {name: bank.state_dict() for name, bank in banks.items() if bank is not None}
+        where = {"batches": self.batches, "position": self.stream.positions[self.batches]}
+        return where | {name: bank.state_dict() for name, bank in banks.items() if bank is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._next is not None:
@@ -160,15 +139,6 @@ class StreamFeed:
         self.positives.load_state_dict(state["positives"])
         if self.negatives is not None:
             self.negatives.load_state_dict(state["negatives"])
-        self._position = state["position"]
-        self.read, self.passes = self._position["read"], self._position["passes"]
-        if self._position["stream"] is not None:
-            self.dataset.load_state_dict(self._position["stream"])
-        self._rows = self._stream(resumed=self._position["stream"] is not None)
-
-
-def _check_columns(dataset: IterableDataset, wanted: Mapping[str, str]) -> None:
-    """Of a stream that says what it holds; many of the Hub do not."""
-    for name, column in wanted.items():
-        if dataset.column_names is not None and column not in dataset.column_names:
-            raise ValueError(f"the stream has no column {column!r}; its columns are {dataset.column_names}: set {name}")
+        self.close()
+        self.batches = self._read = state["batches"]
+        self.stream.positions = {self.batches: state["position"]}
