@@ -1,6 +1,7 @@
 # Everything a person types. Each target builds what it needs; `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
@@ -17,10 +18,10 @@ toys: $(VENV)/.user  ## two-dimensional pictures of the idea: outputs/particles,
 	$(BIN)/python examples/02_toy_2d.py
 
 test: $(VENV)/.dev  ## the test suite, without what takes minutes
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses $(JOBS) --dist load
 
 check: $(VENV)/.dev  ## format, lint, import contracts, types
 	$(BIN)/ruff format --check .
