@@ -245,12 +245,12 @@ def test_steps_are_made_in_order_once_each_and_none_beyond_the_last():
 
 
 def test_one_step_is_made_while_another_runs():
-    begun = threading.Event()
-    ahead = Ahead(lambda step: begun.set() if step == 1 else None, 2)
-    before = threads()
+    begun, gate, before = threading.Event(), threading.Event(), threads()
+    ahead = Ahead(lambda step: (begun.set(), gate.wait()) if step == 1 else None, 2)
     ahead(0)
-    assert begun.wait(60)
+    begun.wait()
     assert len(threads() - before) == 1
+    gate.set()
     ahead.close()
     assert threads() == before
 

@@ -69,6 +69,20 @@ def generator():
     return model
 
 
+def kill_within(trainer, name, step):
+    """SIGKILL in the middle of this method, after so many steps; of `_save_state` when all is written but what tells of the step."""
+    method = getattr(trainer, name)
+
+    def struck(*arguments):
+        if trainer.step == step:
+            if name == "_save_state":
+                trainer.accelerator.save_state(str(arguments[0]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        method(*arguments)
+
+    setattr(trainer, name, struck)
+
+
 def main(folder: str, options: dict) -> None:
     if options.get("fsdp"):  # Accelerate shards on GPUs only, torch with gloo as well: let it believe that these are some
         os.environ |= FSDP
@@ -88,6 +102,8 @@ def main(folder: str, options: dict) -> None:
                 os.kill(os.getpid(), getattr(signal, number))
 
         trainer._after_step = strike
+    if "kill" in options:
+        kill_within(trainer, *options["kill"])
     found = trainer.train()
     trainer.save_model()
     if trainer.accelerator.is_main_process:

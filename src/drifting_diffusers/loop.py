@@ -77,6 +77,7 @@ class TrainingLoop:
         self._waited = 0.0  # seconds since the last log in which a step waited for real samples
         self._logged = (0, time.monotonic())
         self._pusher: Pusher | None = None
+        self._begun = False  # whether what step 0 needs is there
         self._torn = False  # whether an update was begun and not ended
 
     def _prepare(self, model: Any, parts: Sequence[Any]) -> None:
@@ -150,8 +151,9 @@ class TrainingLoop:
             )
         self._restore(resume_from_checkpoint or self.config.resume_from_checkpoint)
         self._on_main(lambda: self.run.forget_after(self.step))  # what a killed run did beyond its last checkpoint
-        if self.step == 0:
+        if self.step == 0 and not self._begun:
             self._begin()
+            self._begun = True
         with self._trackers(), Termination() as termination:
             patience = 10.0  # seconds for what is being pushed when a run is stopped; there may be no more
             try:

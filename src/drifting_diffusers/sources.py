@@ -5,8 +5,9 @@ functions of (seed, ticket). So the tickets that a bank holds are all that a che
 the same tickets holds the same bank.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -177,7 +178,10 @@ class BankFeed:
         self._next = 0
 
     def fill(self) -> None:
-        """The starters go into the banks."""
+        """The starters go into the banks, which are empty, or are again where this was interrupted."""
+        for bank in (self.positives, self._positive_tickets, self.negatives, self._negative_tickets):
+            if bank is not None:
+                bank.next.zero_(), bank.count.zero_()
         count = len(self.tickets.starters)
         batches = [list(range(i, min(i + FILL_BATCH, count))) for i in range(0, count, FILL_BATCH)]
         for batch in self._shown(self.reader.batches(batches, self.workers), len(batches), "filling the bank"):
@@ -327,7 +331,7 @@ class Ahead(Generic[Drawn]):
 
     def __init__(self, make: Callable[[int], Drawn], last: int):
         self.make, self.last = make, last
-        self._pool: ThreadPoolExecutor | None = None
+        self._thread: threading.Thread | None = None
         self._made: dict[int, Future] = {}  # of the step that was asked for and the next
 
     def __call__(self, step: int) -> Drawn:
@@ -342,11 +346,19 @@ class Ahead(Generic[Drawn]):
 
     def _begin(self, step: int) -> None:
         if step not in self._made:
-            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="real-samples")
-            self._made[step] = self._pool.submit(self.make, step)
+            self._made[step] = Future()
+            self._thread = threading.Thread(target=self._make, args=(step, self._made[step]), name="real-samples")
+            self._thread.start()
+
+    def _make(self, step: int, made: Future) -> None:
+        """In a plain thread: workers that are forked in one of a ThreadPoolExecutor try to join it when they exit, and so fail."""
+        try:
+            made.set_result(self.make(step))
+        except BaseException as error:
+            made.set_exception(error)
 
     def close(self) -> None:
-        """Wait for what is being made and end the thread. What was made is kept: whoever asks again goes on as if nothing had been closed."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
-            self._pool = None
+        """Wait for what is being made. It is kept: whoever asks again goes on as if nothing had been closed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
