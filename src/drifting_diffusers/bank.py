@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .shapes import Float, Int
+from .shapes import Int
 
 
 class SampleBank:
@@ -61,8 +61,8 @@ class SampleBank:
         device = self.samples.device
         self.samples[labels.to(device), places.to(device)] = stored(samples.to(device), self.samples.dtype)
 
-    def draw(self, labels: Int[Tensor, " l"], n: int, *, generator: torch.Generator) -> Float[Tensor, "l n *shape"]:
-        """N samples of each label, as they are stored: distinct ones where the bank holds n of that class, else with repeats.
+    def draw(self, labels: Int[Tensor, " l"], n: int, *, generator: torch.Generator) -> Tensor:
+        """N samples of each label, [l, n, ...], as they are stored: distinct ones where the bank holds n of that class, else with repeats.
 
         Raises:
             ValueError: for no labels, labels that do not fit the bank, or n below 1.

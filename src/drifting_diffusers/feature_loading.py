@@ -75,7 +75,11 @@ def _network(name: str, data: RealSamples, dtype: torch.dtype) -> FeatureMap:
         )
     if name == "convnextv2":
         return ConvNextV2Features.from_pretrained(dtype=dtype)
-    return BackboneFeatures.from_pretrained(name, dtype=dtype)
+    try:
+        return BackboneFeatures.from_pretrained(name, dtype=dtype)
+    except OSError as error:
+        known = "pixels, statistics, windows, classifier, convnextv2, an encoder of the release as in mae_latent_256"
+        raise OSError(f"features {name!r} are neither one of {known}, nor a folder or repository that can be read: {error}") from error
 
 
 def _classifier(data: RealSamples, num_classes: int, folder: Path, seed: int) -> Any:
@@ -108,4 +112,7 @@ def _class_of(name: str) -> str | None:
             config = Path(hf_hub_download(name, ModelMixin.config_name))
         except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
             return None  # whoever loads it will say so
-    return json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    except ValueError as error:
+        raise ValueError(f"{config} cannot be read ({error}): copy the folder anew") from error

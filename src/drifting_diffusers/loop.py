@@ -67,6 +67,8 @@ class TrainingLoop:
             log_with=list(config.report_to) or None,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers")),
         )
+        if config.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":  # Accelerate would take float32 and say nothing
+            raise ValueError("mixed_precision='fp16' needs a GPU, and this process has none: take 'bf16' or 'no'")
         if config.allow_tf32:
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.allow_tf32 = True
