@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from drifting_diffusers import DriftingConfig, cache_latents
 from drifting_diffusers.data import LabelledImages
-from drifting_diffusers.draws import RealDraws
+from drifting_diffusers.draws import RealDraws, as_samples
 from drifting_diffusers.sources import Ahead, BankFeed, DatasetFeed, Drawable, Feed, RowSource, TicketReader, Tickets
 
 COUNTS = (9, 4, 1)  # images of each class
@@ -356,3 +356,20 @@ def test_labels_are_distinct_while_there_are_enough_or_those_of_the_fresh_sample
         fresh = of_data.labels_of(step, torch.tensor([2, 0, 0]))  # fewer than there are places
         assert sorted(fresh[:3].tolist()) == [0, 0, 2]
         assert len(fresh) == 4
+
+
+# Samples that are read by row
+
+
+def test_samples_that_do_not_fit_the_generator_are_refused(latents):
+    config = DriftingConfig("nowhere")
+    form = {"size": latents.size, "channels": latents.channels, "num_classes": 3}
+    assert as_samples(latents, **form, config=config) is latents
+    for change, message in (
+        ({"num_classes": 2}, r"labels from 0 to 2, and the generator has num_classes=2: build it with num_classes=3"),
+        ({"num_classes": 0}, r"the generator has num_classes=0: build it with num_classes=3"),
+        ({"num_classes": 5}, r"classes \[3, 4\] have no sample; build the generator with the classes there are"),
+        ({"size": (8, 8)}, r"makes samples of 4 x 8 x 8, and the dataset has 4 x 4 x 4: build it with that sample_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            as_samples(latents, **form | change, config=config)

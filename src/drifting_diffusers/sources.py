@@ -181,7 +181,8 @@ class BankFeed:
         """The starters go into the banks, which are empty, or are again where this was interrupted."""
         for bank in (self.positives, self._positive_tickets, self.negatives, self._negative_tickets):
             if bank is not None:
-                bank.next.zero_(), bank.count.zero_()
+                bank.next.zero_()
+                bank.count.zero_()
         count = len(self.tickets.starters)
         batches = [list(range(i, min(i + FILL_BATCH, count))) for i in range(0, count, FILL_BATCH)]
         for batch in self._shown(self.reader.batches(batches, self.workers), len(batches), "filling the bank"):
