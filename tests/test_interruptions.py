@@ -235,6 +235,9 @@ def test_a_run_resumes_from_where_it_is_told_to(images, tmp_path, whole):
     assert run.step == 4  # without training too
     run.train()
     is_whole(run, whole)
+    again = trainer(images, tmp_path / "config", resume_from_checkpoint=str(there))  # the same command finds what it did itself
+    again.train()
+    is_whole(again, whole)
 
 
 def test_checkpoints_that_cannot_be_resumed_from_are_refused(images, tmp_path):

@@ -143,8 +143,8 @@ class TrainingLoop:
         Told to go away (SIGTERM) it writes a checkpoint and leaves with the exit code `PREEMPTED`; the same command goes on.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder of this run to start from in place of that; it must be the newest one of the output folder, or
-                the output folder must have none. "latest" is as if not given.
+            resume_from_checkpoint: a checkpoint folder to start from; one of the output folder must be its newest. Where the output folder has a newer one
+                than that of another folder, the run goes on from its own: so the same command resumes. "latest" is as if not given.
         """
         if self._torn:
             raise RuntimeError(

@@ -138,6 +138,9 @@ PRESETS: dict[str, Preset] = {
         },  # 16 tokens: here more steps are worth more than finer patches
         data="Fashion-MNIST, 8,000 images",
         encoder="pixels + statistics + windows + classifier",
+        reported={"accuracy": 0.817, "energy": 0.563, "energy_real": 0.317},
+        source="ours, seed 0, one run of `make quickstart`, docs/results/quickstart.json",
+        hardware="two CPU cores, 7 minutes on idle ones",
     ),
     "cifar10": Preset(
         config={**SMALL_RUN, "max_steps": 1500, "eval_steps": 500, "preview_steps": 500, "save_steps": 500, "random_flip": True},

@@ -87,7 +87,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: if the wanted one is no checkpoint.
-            ValueError: if this folder has a newer one than the wanted one, or that is of another run.
+            ValueError: if the wanted one is of this folder, which has a newer one, or of another run.
         """
         step, folder = max(self.checkpoints().items(), default=(0, self.path))
         if wanted is None:
@@ -101,6 +101,8 @@ class RunFolder:
                 f"resume_from_checkpoint {str(wanted)!r} is of a run that trains something else, see {there}: give one of this run"
             )
         if step > int(number):
+            if wanted.resolve().parent != self.path.resolve():
+                return step, folder  # the run began there, and has gone on since
             raise ValueError(
                 f"resume_from_checkpoint is of step {number} and {str(self.path)!r} holds one of step {step}, which would be trained again: "
                 "remove the newer ones, or choose a new output_dir"
