@@ -55,7 +55,7 @@ def test_evaluating_without_training_needs_no_tracker(images, tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_refused_before_any_work(images, tmp_path, monkeypatch):
     """Accelerate passes over it in silence."""
-    monkeypatch.setattr(sys.modules["drifting_diffusers.loop"], "get_available_trackers", lambda: [])
+    monkeypatch.setattr(sys.modules["drifting_diffusers.services"], "get_available_trackers", lambda: [])
     with pytest.raises(ImportError, match=r"report_to=\['wandb'\] asks for wandb: pip install wandb, or leave it out"):
         trainer(images, tmp_path / "run", report_to=["wandb"])
     assert not (tmp_path / "run").exists()

@@ -20,9 +20,10 @@ from .encoder_draws import EncoderBatch, EncoderDraws
 from .encoders import MaskedAutoencoder
 from .extractors import digest
 from .image_streams import ImageStream, TrainingStream
-from .loop import COUNTS, TrainingLoop, repository_of
+from .loop import COUNTS, TrainingLoop
 from .losses import NonFinite
 from .runs import RunFolder
+from .services import repository_of
 from .shapes import Float
 from .sheets import reconstruction_sheet
 

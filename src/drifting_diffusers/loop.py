@@ -4,25 +4,18 @@ A run is a function of its config: everything random in step k is a function of 
 goes on as the run that never stopped.
 """
 
-import contextlib
-import dataclasses
 import json
 import shutil
-import signal
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -35,6 +28,7 @@ from .draws import random_stream
 from .losses import NonFinite
 from .pushing import SNAPSHOT, Pusher
 from .runs import RunFolder
+from .services import Termination, check_services, repository_of, trackers
 
 PREEMPTED = 75
 """The exit code of a run that was told to go away (SIGTERM) and left a checkpoint: EX_TEMPFAIL, try again."""
@@ -61,7 +55,7 @@ class TrainingLoop:
     def __init__(self, config: RunConfig, callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()):
         self.config: Any = config
         folder = Path(config.output_dir)
-        _check_services(config)
+        check_services(config)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=list(config.report_to) or None,
@@ -156,7 +150,7 @@ class TrainingLoop:
         if self.step == 0 and not self._begun:
             self._begin()
             self._begun = True
-        with self._trackers(), Termination() as termination:
+        with trackers(self.accelerator, self.config), Termination() as termination:
             patience = 10.0  # seconds for what is being pushed when a run is stopped; there may be no more
             try:
                 self._run(termination)
@@ -277,21 +271,6 @@ class TrainingLoop:
         self.events.state.log_history = self.log_history
         self.events(event, self.step, logs=dict(entry))
 
-    @contextlib.contextmanager
-    def _trackers(self) -> Iterator[None]:
-        if not self.config.report_to:
-            yield
-            return
-        flat = {
-            name: value if isinstance(value, int | float | str) else str(value) for name, value in dataclasses.asdict(self.config).items()
-        }
-        name = self.config.run_name or self.run.path.name
-        self.accelerator.init_trackers(self.config.project, config=flat, init_kwargs={"wandb": {"name": name}, "trackio": {"name": name}})
-        try:
-            yield
-        finally:
-            self.accelerator.end_training()
-
     # -- the Hub
 
     def _push(self, *, every: bool = False) -> None:
@@ -330,6 +309,16 @@ class TrainingLoop:
         """What one process found, on all of them."""
         box = [look() if self.accelerator.is_main_process else None]
         return broadcast_object_list(box)[0]
+
+    def _together(self, compute: Callable[[], Any]) -> Any:
+        """What this computes, unless it is not finite on some process: then no process takes the step."""
+        try:
+            found, error = compute(), None
+        except NonFinite as raised:
+            found, error = None, raised
+        if self._any(error is not None):
+            raise error or NonFinite("it was not finite on another process")
+        return found
 
     def _any(self, flag: bool) -> bool:
         """Whether it is so on any process: all must do the same."""
@@ -396,41 +385,3 @@ class TrainingLoop:
             self._save_checkpoint()
         self.accelerator.print(f"Told to stop: step {self.step} is saved in {self.run.path}, the same command goes on from there")
         raise SystemExit(PREEMPTED)
-
-
-def _check_services(config: RunConfig) -> None:
-    """Trackers that are not installed, which Accelerate passes over in silence, and a repository's name that the Hub would refuse at the first push."""
-    installed = {str(name) for name in get_available_trackers()}
-    missing = [name for name in config.report_to if name in {str(kind) for kind in LoggerType} - {"all"} - installed]
-    if missing:
-        raise ImportError(f"report_to={config.report_to} asks for {missing[0]}: pip install {missing[0]}, or leave it out")
-    if config.push_to_hub:
-        try:
-            validate_repo_id(repository_of(config))
-        except HFValidationError as error:
-            raise ValueError(f"hub_model_id must be a repository's name, USER/NAME: {error}") from error
-
-
-def repository_of(config: RunConfig) -> str:
-    """Where to push to."""
-    return config.hub_model_id or Path(config.output_dir).resolve().name
-
-
-class Termination:
-    """Within it SIGTERM is remembered in `asked` in place of ending the process; outside the main thread signals are not ours to catch."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self) -> "Termination":
-        self._mine = threading.current_thread() is threading.main_thread()
-        if self._mine:
-            self._before = signal.signal(signal.SIGTERM, self._remember)
-        return self
-
-    def _remember(self, *_: Any) -> None:
-        self.asked = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self._mine:
-            signal.signal(signal.SIGTERM, self._before)

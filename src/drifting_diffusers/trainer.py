@@ -23,10 +23,11 @@ from .finetuning import adaptation
 from .generator import DriftingGenerator
 from .guidance import draw_guidance, unconditional_weight
 from .hub import upload
-from .loop import COUNTS, TrainingLoop, repository_of
+from .loop import COUNTS, TrainingLoop
 from .objective import DriftingObjective, Measured
 from .pipeline import DriftingPipeline
 from .runs import RunFolder
+from .services import repository_of
 from .shapes import Float, Int
 from .watching import Watcher
 
@@ -133,7 +134,7 @@ class DriftingTrainer(TrainingLoop):
         return outcome | {"loss": loss, "features": measured}
 
     def _in_one_pass(self, generate: Callable, *real: Any) -> tuple[Tensor, dict[str, Measured]]:
-        loss, measured = self.objective(generate(slice(None)), *real, mean=self._mean)
+        loss, measured = self._together(lambda: self.objective(generate(slice(None)), *real, mean=self._mean))
         self.accelerator.backward(loss)
         return loss.detach(), measured
 
@@ -148,7 +149,7 @@ class DriftingTrainer(TrainingLoop):
             generated = _joined([problems(generate(piece)) for piece in pieces])
             attracting = _joined([problems(positives[piece]) for piece in pieces])
             repelling = {} if negatives is None else _joined([problems(negatives[piece]) for piece in pieces])
-        slopes, loss, measured = self.objective.slopes(generated, attracting, repelling, weights, mean=self._mean)
+        slopes, loss, measured = self._together(lambda: self.objective.slopes(generated, attracting, repelling, weights, mean=self._mean))
         del generated, attracting, repelling
         for piece in pieces:
             sync = contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(self.model)
