@@ -67,6 +67,7 @@ def test_two_processes_in_two_passes_over_single_labels_make_it_too(alone, tmp_p
     assert distance(update_of(tmp_path / "two"), update_of(alone)) < 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_weights_make_it_too(alone, tmp_path):
     """FSDP2, killed and resumed from shards: averaged weights and saved ones are whole."""
     code, text = start(tmp_path / "run", processes=2, config=UPDATE, fsdp=True, signal=(3, "SIGKILL"))
@@ -80,6 +81,7 @@ def test_two_processes_that_share_the_weights_make_it_too(alone, tmp_path):
     assert distance(update_of(tmp_path / "run"), update_of(alone)) < 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_killed_go_on_as_if_they_had_not_been(tmp_path):
     """SIGKILL of one takes the other along; the next start goes on from the checkpoint of step 2."""
     code, text = start(tmp_path / "whole", processes=2)
@@ -94,6 +96,7 @@ def test_two_processes_that_are_killed_go_on_as_if_they_had_not_been(tmp_path):
     assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_a_code_of_its_own(tmp_path):
     code, text = start(tmp_path / "whole")
     assert code == 0, text

@@ -264,6 +264,7 @@ def test_checkpoints_that_cannot_be_resumed_from_are_refused(images, tmp_path):
 # SIGKILL
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(tmp_path):
     """Once in the middle of the files, once between a checkpoint and its evaluation."""
     options = {"config": {"eval_steps": 2, "save_steps": 2}}
@@ -330,6 +331,7 @@ def test_few_images_train_and_resume(changes, images, tmp_path):
     assert all(torch.isfinite(value).all() for value in weights(again).values())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow(images, tmp_path):
     """Tensors that are alive after 60 steps are those after 20."""
     counts = {}
