@@ -8,9 +8,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from loopback_hub import LoopbackHub, Repository, run_script
 
-from drifting_diffusers import hub
+from drifting_diffusers import DriftingGenerator, DriftingPipeline, hub
 
 pytestmark = pytest.mark.hub
 
@@ -263,3 +264,13 @@ for name in ("trainer", "objective", "bank", "data", "features", "losses", "fiel
         home,
         server.url,
     )
+
+
+def test_a_network_that_fails_replaces_nobodys_readme(tmp_path):
+    """Tests are offline, so it cannot be known what stands in the repository."""
+    pipe = DriftingPipeline(
+        DriftingGenerator(sample_size=8, in_channels=1, num_classes=2, num_layers=1, num_attention_heads=1, attention_head_dim=8)
+    )
+    with pytest.raises(LocalEntryNotFoundError):
+        hub.write_card(pipe, tmp_path, "user/repository")
+    assert not (tmp_path / "README.md").exists()

@@ -17,7 +17,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCardData, create_repo, hf_hub_download, snapshot_download, upload_folder
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 INDEX = "model_index.json"
 SHIM = "from drifting_diffusers import {name} as {name}\n"
@@ -172,6 +172,9 @@ def write_card(model: Any, folder: str | os.PathLike, repo_id: str, *, token: st
 
     The first of these: what somebody wrote there; what somebody wrote in the repository; what we rendered there; a card of ours with the numbers of
     results.json. What we rendered carries `CARD_MARK`.
+
+    Raises:
+        OSError: if it cannot be known whether somebody wrote a README there.
     """
     readme, results = Path(folder, "README.md"), Path(folder, "results.json")
     rendered = readme.read_text(encoding="utf-8") if readme.exists() else None
@@ -179,7 +182,7 @@ def write_card(model: Any, folder: str | os.PathLike, repo_id: str, *, token: st
         return
     try:
         text = Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:  # the Hub says so; a network that fails says nothing of what somebody wrote
         text = CARD_MARK
     if CARD_MARK in text and rendered is not None:
         return
