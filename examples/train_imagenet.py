@@ -119,7 +119,7 @@ def real_samples(arguments: Arguments, seed: int) -> tuple[Any, Any]:
         train = (
             train.take(arguments.max_train_samples)
             if arguments.streaming
-            else train.shuffle(seed=seed).select(range(arguments.max_train_samples))
+            else train.shuffle(seed=seed).select(range(min(arguments.max_train_samples, len(train))))
         )
     return train, held_out
 

@@ -23,7 +23,7 @@ from .image_streams import ImageStream, TrainingStream
 from .loop import COUNTS, TrainingLoop
 from .losses import NonFinite
 from .runs import RunFolder
-from .services import repository_of
+from .services import repository_of, track_images
 from .shapes import Float
 from .sheets import reconstruction_sheet
 
@@ -76,7 +76,7 @@ class MaskedAutoencoderTrainer(TrainingLoop):
         self._channels = encoder.config.in_channels if vae is None else vae.config.in_channels
         self._classes = encoder.config.num_classes if config.classification_steps else 0
         train_data, eval_data = self._data(train_dataset, eval_dataset, size)
-        places, device = _share(config.batch_size, self.accelerator), self.accelerator.device
+        places, device = self._share("batch_size"), self.accelerator.device
         self.draws = EncoderDraws(train_data, eval_data, encoder, config, vae=vae, places=places, device=device)
         setup = {
             "encoder": {name: value for name, value in encoder.config.items() if not name.startswith("_")},
@@ -248,23 +248,9 @@ class MaskedAutoencoderTrainer(TrainingLoop):
         folder = self.run.path / "previews"
         folder.mkdir(exist_ok=True)
         page.save(folder / f"step-{self.step:06d}.png")
-        self._track_image(page)
-
-    def _track_image(self, page: Any) -> None:
-        """A preview, to the trackers that take pictures."""
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"preview": np.asarray(page)[None]}, step=self.step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"preview": [page]}, step=self.step)
+        track_images(self.accelerator, [page], self.step)
 
     # -- what is published
-
-    def _averaged(self, decay: float | None = None) -> MaskedAutoencoder:
-        decays = self.config.ema_decays
-        if decay is not None and decay not in decays:
-            raise ValueError(f"ema_decay must be one of {decays}, got {decay}: set more_ema_decays before training")
-        return cast(MaskedAutoencoder, self.ema.models[decays[0] if decay is None else decay])
 
     def encoder(self, *, ema_decay: float | None = None) -> MaskedAutoencoder:
         """The averaged encoder. It shares its weights with the trainer: copy it before a cast.
@@ -309,16 +295,6 @@ def classification_weight_at(step: int, config: EncoderConfig) -> float:
 
 def _classification_from(config: EncoderConfig) -> int:
     return config.max_steps - config.classification_steps
-
-
-def _share(images: int, accelerator: Any) -> range:
-    """This process's places in a batch."""
-    each, rest = divmod(images, accelerator.num_processes)
-    if rest:
-        raise ValueError(
-            f"batch_size must be a multiple of the number of processes, got {images} and {accelerator.num_processes}: all must have equal shares"
-        )
-    return range(each * accelerator.process_index, each * (accelerator.process_index + 1))
 
 
 def _check_config(config: EncoderConfig) -> None:

@@ -106,6 +106,13 @@ class TrainingLoop:
         self.accelerator.register_for_checkpointing(self.schedule, self.ema, *parts)
         self.events.of(self.model, self.optimizer, self.schedule)
 
+    def _averaged(self, decay: float | None = None) -> Any:
+        """The network with averaged weights, of this decay or of the first."""
+        decays = self.config.ema_decays
+        if decay is not None and decay not in decays:
+            raise ValueError(f"ema_decay must be one of {decays}, got {decay}: set more_ema_decays before training")
+        return self.ema.models[decays[0] if decay is None else decay]
+
     # -- what a subclass gives
 
     def training_step(self) -> dict[str, Any]:
@@ -298,6 +305,16 @@ class TrainingLoop:
             self._pusher = None
 
     # -- processes
+
+    def _share(self, name: str) -> range:
+        """This process's places among those of a step, whose number the config has under this name."""
+        count, processes = getattr(self.config, name), self.accelerator.num_processes
+        each, rest = divmod(count, processes)
+        if rest:
+            raise ValueError(
+                f"{name} must be a multiple of the number of processes, got {count} and {processes}: all must have equal shares"
+            )
+        return range(each * self.accelerator.process_index, each * (self.accelerator.process_index + 1))
 
     def _on_main(self, write: Callable[[], object]) -> None:
         """Have one process write; the others wait."""

@@ -4,15 +4,17 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from PIL.Image import Image
 
 from .config import RunConfig
 
@@ -68,3 +70,13 @@ def trackers(accelerator: Accelerator, config: RunConfig) -> Iterator[None]:
         yield
     finally:
         accelerator.end_training()
+
+
+def track_images(accelerator: Accelerator, images: Sequence[Image], step: int) -> None:
+    """A preview, to the trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            shown = np.stack([np.asarray(image.convert("RGB")) for image in images])
+            cast(Any, tracker).log_images({"preview": shown}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            cast(Any, tracker).log_images({"preview": list(images)}, step=step)

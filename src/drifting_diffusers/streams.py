@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .bank import SampleBank
 from .data import LabelledImages
@@ -36,7 +37,7 @@ class StreamFeed:
         flip: whether half of the samples are mirrored.
         dtype: of the banks.
         device: of the banks.
-        progress: whether to say what is waited for.
+        progress: whether to show how far filling is.
     """
 
     ahead = False
@@ -83,15 +84,17 @@ class StreamFeed:
         Raises:
             LookupError: if a whole pass has too few of some class.
         """
-        while int(self.positives.count.min()) < self.least:
-            if self.stream.positions[self.batches]["passes"]:
-                counts = self.positives.count
-                scarce = (counts < self.least).nonzero().flatten().tolist()
-                raise LookupError(
-                    f"a pass over the stream has fewer than {self.least} images of classes {scarce[:20]}: lower positives_per_label, or build the "
-                    "generator for the classes there are"
-                )
-            self._push(self._fresh())
+        with tqdm(desc="filling the bank", unit="batch", leave=False, dynamic_ncols=True, disable=not self.progress) as shown:
+            while int(self.positives.count.min()) < self.least:
+                shown.update()
+                if self.stream.positions[self.batches]["passes"]:
+                    counts = self.positives.count
+                    scarce = (counts < self.least).nonzero().flatten().tolist()
+                    raise LookupError(
+                        f"a pass over the stream has fewer than {self.least} images of classes {scarce[:20]}: lower positives_per_label, or build the "
+                        "generator for the classes there are"
+                    )
+                self._push(self._fresh())
 
     def advance(self, step: int) -> Int[Tensor, " n"]:
         fresh = self._next.result() if self._next is not None else self._fresh()

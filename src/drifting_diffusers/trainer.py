@@ -27,7 +27,7 @@ from .loop import COUNTS, TrainingLoop
 from .objective import DriftingObjective, Measured
 from .pipeline import DriftingPipeline
 from .runs import RunFolder
-from .services import repository_of
+from .services import repository_of, track_images
 from .shapes import Float, Int
 from .watching import Watcher
 
@@ -78,7 +78,7 @@ class DriftingTrainer(TrainingLoop):
         self.about: dict[str, Any] = {}  # what else a card should say: dataset, license, base_model
         self._model_config = generator.config
         _check_generator(generator, config)
-        self.slots = _share(config.labels_per_step, self.accelerator)
+        self.slots = self._share("labels_per_step")
         self.samples_per_step = config.labels_per_step * config.generated_per_label
         held_out = cast(Any, train_dataset if eval_dataset is None else eval_dataset)
         streamed = isinstance(train_dataset, IterableDataset)
@@ -246,7 +246,7 @@ class DriftingTrainer(TrainingLoop):
         if due(self.config.preview_steps) and self._picturable:
             shown = torch.arange(min(self._model_config.num_classes or 1, 10)).repeat_interleave(4)
             samples = self.generate(shown, rng=self._rng(EVAL, 1))  # every process makes its share
-            self._on_main(lambda: self._track_images(self.watcher.preview(samples, self.step)))
+            self._on_main(lambda: track_images(self.accelerator, self.watcher.preview(samples, self.step), self.step))
         if not due(self.config.eval_steps) and not self.events.control.should_evaluate:
             return
         found = self._evaluate()
@@ -257,15 +257,6 @@ class DriftingTrainer(TrainingLoop):
     @property
     def _picturable(self) -> bool:
         return self.vae is not None or self._model_config.in_channels in (1, 3)
-
-    def _track_images(self, images: list[Any]) -> None:
-        """A preview, to the trackers that take pictures."""
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                shown = np.stack([np.asarray(image.convert("RGB")) for image in images])
-                tracker.log_images({"preview": shown}, step=self.step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"preview": images}, step=self.step)
 
     def _end(self) -> dict[str, float]:
         return self._evaluate()
@@ -320,12 +311,6 @@ class DriftingTrainer(TrainingLoop):
                 raise FileNotFoundError(f"{self.watcher.best_folder} has no weights yet: set eval_steps and train, or take best=False")
             return DriftingPipeline.from_pretrained(self.watcher.best_folder, **({"vae": vae} if vae is not None else {}))
         return DriftingPipeline(transformer=self._averaged(ema_decay), vae=vae, labels=self.labels)
-
-    def _averaged(self, decay: float | None) -> DriftingGenerator:
-        decays = self.config.ema_decays
-        if decay is not None and decay not in decays:
-            raise ValueError(f"ema_decay must be one of {decays}, got {decay}: set more_ema_decays before training")
-        return cast(DriftingGenerator, self.ema.models[decays[0] if decay is None else decay])
 
     def sample(self, class_labels: Any = None, **kwargs: Any) -> Any:
         """Images of the averaged generator, as `DriftingPipeline.__call__` makes them."""
@@ -405,16 +390,6 @@ class DriftingTrainer(TrainingLoop):
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _share(labels: int, accelerator: Any) -> range:
-    """This process's places in a step."""
-    each, rest = divmod(labels, accelerator.num_processes)
-    if rest:
-        raise ValueError(
-            f"labels_per_step must be a multiple of the number of processes, got {labels} and {accelerator.num_processes}: all must have equal shares"
-        )
-    return range(each * accelerator.process_index, each * (accelerator.process_index + 1))
 
 
 def _check_generator(generator: DriftingGenerator, config: DriftingConfig) -> None:
