@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL
 
-from drifting_diffusers import DriftingConfig, DriftingField, DriftingGenerator, DriftingObjective, DriftingTrainer
+from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingTrainer
 from drifting_diffusers.arguments import describe, parse_arguments
 from drifting_diffusers.data import open_images
 from drifting_diffusers.draws import as_samples
@@ -47,9 +47,6 @@ class Arguments:
         'what samples are compared in, joined by "+": pixels, statistics, windows, classifier, mae_latent_256, convnextv2, a folder ...',
     )
     features_dtype: Literal["bfloat16", "float32"] = option("bfloat16", "precision of encoders on a GPU; on a CPU it is float32")
-    weightless: Literal["present", "absent"] = option(
-        "present", "whether unconditional negatives of mass 0 (guidance scale 1) take part in the field, as released"
-    )
     model_config: str | None = option(
         None, "arguments of the generator over those of the preset: JSON, as in '{\"num_layers\": 6}', or a file of it"
     )
@@ -87,7 +84,7 @@ def main(argv: list[str] | None = None) -> DriftingTrainer:
     )
     trainer = DriftingTrainer(
         generator,
-        DriftingObjective(features, DriftingField(weightless=arguments.weightless)),
+        DriftingObjective(features),
         train if arguments.streaming else data,
         config,
         eval_dataset=held_out,

@@ -41,6 +41,9 @@ CHANGEABLE = (
 )
 """What may differ when a run is resumed: nothing of it changes what is computed, but for rounding."""
 
+ELSEWHERE = ("output_dir", "field")
+"""What tells no run from another: where it is, and the field's name, because the setup of a run describes the field itself."""
+
 
 def _described(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -213,7 +216,7 @@ class RunConfig:
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         if self.lr_scheduler_type == "constant" and self.max_steps > other.max_steps:
             theirs["max_steps"] = self.max_steps  # a longer run with the same beginning
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name] and name not in (*CHANGEABLE, "output_dir")}
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name] and name not in (*CHANGEABLE, *ELSEWHERE)}
 
 
 GENERATOR_RULES: dict[str, Rule] = {
@@ -249,6 +252,11 @@ class DriftingConfig(RunConfig):
         0, "classes whose activations are in memory at once; 0 for all; the gradient is the same, every sample is generated twice"
     )
 
+    field: str | None = _described(
+        None,
+        "the drifting field: a name and what differs from its defaults, as in 'sinkhorn(temperatures=(0.05,))'; see docs/fields.md. "
+        "Not given, it is that of the objective, and without one there the released field",
+    )
     positives_from: Literal["bank", "dataset"] = _described(
         "bank",
         "the most recent samples of a class, or any of the dataset: nothing to fill, but it is read at random, as latent caches allow",
@@ -276,6 +284,8 @@ class DriftingConfig(RunConfig):
     preview_steps: int = _described(500, "steps between preview pictures; 0 for none, else there is always one at the end")
 
     def __post_init__(self):
+        if self.field is not None:
+            object.__setattr__(self, "field", _in_words(self.field))
         super().__post_init__()
         if self.cache_features and self.bank_dtype == "uint8":
             raise ValueError("bank_dtype='uint8' is of images, and cache_features keeps features: take another bank_dtype")
@@ -348,6 +358,13 @@ class EncoderConfig(RunConfig):
     @classmethod
     def presets(cls) -> dict[str, Preset]:
         return ENCODER_PRESETS
+
+
+def _in_words(field: Any) -> str:
+    """A field, or words for one, in the words that any other config has for it."""
+    from .fields import read_field, spell  # torch, which a config without a field does without
+
+    return spell(read_field(field) if isinstance(field, str) else field)
 
 
 def learning_rate_at(step: int, config: RunConfig) -> float:

@@ -1,5 +1,6 @@
 r"""The training objective: images -> features -> field -> loss. One drift loss per feature map, summed (arXiv 2602.04770, section 3.4 and A.5)."""
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .features import FeatureMap
-from .fields import DriftingField, Field, Mean, batch_mean
+from .fields import DriftingField, Field, Mean, Observer, Situation, batch_mean, memories, read_field, situated, spell
 from .losses import NonFinite, drift_loss
 from .shapes import Float
 
@@ -32,13 +33,14 @@ class DriftingObjective:
     Args:
         features: one feature map or several whose names differ; `Pixels` alone is the loss without an encoder. An encoder stands for its
             `activations`.
-        field: the drifting field.
+        field: the drifting field, or its name as `read_field` takes it. Not given, it is that of a run's config, or else the released one.
     """
 
-    def __init__(self, features: FeatureMap | Sequence[FeatureMap], field: Field = DriftingField()):
+    def __init__(self, features: FeatureMap | Sequence[FeatureMap], field: Field | str | None = None):
         given = list(features) if isinstance(features, Sequence) and not isinstance(features, nn.Module) else [features]
         self.feature_maps: list[Any] = [getattr(feature_map, "activations", feature_map) for feature_map in given]
-        self.field = field
+        self._chosen = read_field(field) if isinstance(field, str) else field
+        self.field: Field = DriftingField() if self._chosen is None else self._chosen
         self.ignored: set[str] = set()
         self._packed: dict[str, tuple[int, ...]] = {}  # shapes of the features in a packed vector
         if not self.feature_maps:
@@ -47,6 +49,41 @@ class DriftingObjective:
     def describe(self) -> dict[str, Any]:
         """What is compared and how, as JSON that is the same in every process."""
         return {"features": [described(feature_map) for feature_map in self.feature_maps], "field": described(self.field)}
+
+    def settle_field(self, name: str | None) -> str | None:
+        """Agree with a run's config, which may name the field, and return the field's name, or None for one that has none.
+
+        Raises:
+            ValueError: if both were chosen, differently.
+        """
+        if self._chosen is None:
+            self.field = DriftingField() if name is None else read_field(name)
+        elif name is not None and read_field(name) != self._chosen:
+            raise ValueError(f"the objective's field is {self._chosen}, and the config's {name}; leave one of them out")
+        try:
+            return spell(self.field)
+        except LookupError:  # a field of the user's own
+            return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the field remembers, if it does."""
+        return {"memories": [memory.state_dict() for memory in memories(self.field)]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for memory, there in zip(memories(self.field), state["memories"], strict=True):
+            memory.load_state_dict(there)
+
+    @property
+    def observers(self) -> list[Observer]:
+        """What of the field wants to see all real samples once, before the first step."""
+        return [memory for memory in memories(self.field) if isinstance(memory, Observer)]
+
+    @torch.no_grad()
+    def observe(self, images: Float[Tensor, "n c h w"], labels: Tensor | None = None) -> None:
+        """Show real samples, and the class of each, to the field's memory."""
+        for name, values in self.features(images).items():
+            for observer in self.observers:
+                observer.observe(name, values, labels)
 
     def freeze(self, device: torch.device) -> None:
         """Bring encoders among the feature maps to the device, into evaluation mode and out of training."""
@@ -96,6 +133,7 @@ class DriftingObjective:
         negatives: Float[Tensor, "l m *image"] | None = None,
         negative_weights: Float[Tensor, " l"] | None = None,
         mean: Mean = batch_mean,
+        situation: Situation = Situation(),
     ) -> tuple[Float[Tensor, ""], dict[str, Measured]]:
         """The loss of a step over l labels, and what each feature measured. Differentiable in `generated` only.
 
@@ -105,11 +143,12 @@ class DriftingObjective:
             negatives: m unconditional real images per label, or their packed features.
             negative_weights: the mass of each label's negatives; see `unconditional_weight`.
             mean: how means over the whole step are taken.
+            situation: the step and its labels, for fields that change over a run or remember classes.
         """
         with torch.no_grad():
             attracting = self.problems(positives)
             repelling = {} if negatives is None else self.problems(negatives)
-        return self.compare(self.problems(generated), attracting, repelling, negative_weights, mean=mean)
+        return self.compare(self.problems(generated), attracting, repelling, negative_weights, mean=mean, situation=situation)
 
     def problems(self, samples: Tensor) -> dict[str, Float[Tensor, "b n d"]]:
         """Features of images [l, n, c, h, w], or packed features [l, n, f], by name: one problem per (label, location), labels first."""
@@ -124,6 +163,7 @@ class DriftingObjective:
         negative_weights: Float[Tensor, " l"] | None = None,
         *,
         mean: Mean = batch_mean,
+        situation: Situation = Situation(),
     ) -> tuple[Float[Tensor, ""], dict[str, Measured]]:
         """`__call__` on features that are there already, as `problems` makes them; no negatives are an empty mapping.
 
@@ -136,8 +176,9 @@ class DriftingObjective:
             if others is not None and negative_weights is not None:
                 each = len(values) // len(negative_weights)  # locations
                 weights = negative_weights.float().repeat_interleave(each)[:, None].expand(others.shape[:2])
+            field = situated(self.field, dataclasses.replace(situation, feature=name))
             try:
-                loss, drift = drift_loss(values, positives[name], others, negative_weights=weights, field=self.field, mean=mean)
+                loss, drift = drift_loss(values, positives[name], others, negative_weights=weights, field=field, mean=mean)
             except NonFinite as error:
                 raise NonFinite(f"feature {name!r}: {error}") from error
             loss = loss.mean()
@@ -153,6 +194,7 @@ class DriftingObjective:
         negative_weights: Float[Tensor, " l"] | None = None,
         *,
         mean: Mean = batch_mean,
+        situation: Situation = Situation(),
     ) -> tuple[dict[str, Float[Tensor, "b n d"]], Float[Tensor, ""], dict[str, Measured]]:
         """The gradient of `compare` in the generated features, its value, and what each feature measured.
 
@@ -167,7 +209,7 @@ class DriftingObjective:
             )
             with torch.enable_grad():
                 leaf = {name: one(generated)[name].detach().requires_grad_()}
-                loss, seen = self.compare(leaf, one(positives), one(negatives), negative_weights, mean=mean)
+                loss, seen = self.compare(leaf, one(positives), one(negatives), negative_weights, mean=mean, situation=situation)
                 found[name] = torch.autograd.grad(loss, leaf[name])[0]
             total, measured = total.to(loss.device) + loss.detach(), measured | seen
         return found, total, measured
@@ -178,15 +220,23 @@ class DriftingObjective:
         positives: Float[Tensor, "l p *image"],
         negatives: Float[Tensor, "l m *image"] | None = None,
         negative_weights: Float[Tensor, " l"] | None = None,
+        situation: Situation = Situation(),
     ) -> list[str]:
         """The features whose part of the gradient in the generated images is not finite, though all values are: a root at 0, a division by it."""
+        looking = copy.copy(self)
+        looking.field = copy.deepcopy(self.field)  # what is only looked at is not remembered
+        return looking._steep(generated, positives, negatives, negative_weights, situation)
+
+    def _steep(
+        self, generated: Tensor, positives: Tensor, negatives: Tensor | None, weights: Tensor | None, situation: Situation
+    ) -> list[str]:
         with torch.enable_grad():
             images = generated.detach().requires_grad_()
             features = self.problems(images)
             with torch.no_grad():
                 repelling = {} if negatives is None else self.problems(negatives)
                 attracting = self.problems(positives)
-            slopes, _, _ = self.slopes({**features}, attracting, repelling, negative_weights)
+            slopes, _, _ = self.slopes({**features}, attracting, repelling, weights, situation=situation)
             part = lambda name: torch.autograd.grad((features[name] * slopes[name]).sum(), images, retain_graph=True)[0]
             return [name for name in features if not bool(torch.isfinite(part(name)).all())]
 
@@ -203,7 +253,9 @@ class DriftingObjective:
 def described(value: Any) -> Any:
     """A choice as JSON: dataclasses by their fields, functions by their names, modules by their structure and a few of their weights."""
     if dataclasses.is_dataclass(value):
-        return {"class": type(value).__qualname__} | {f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__qualname__} | {
+            f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare
+        }
     if isinstance(value, nn.Module):
         digest = hashlib.sha256()
         for tensor in value.state_dict().values():

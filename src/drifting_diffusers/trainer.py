@@ -1,6 +1,7 @@
 """The trainer of generators conducts: who draws what, in which order, in how many pieces. Every formula lives elsewhere."""
 
 import contextlib
+import dataclasses
 import json
 import tempfile
 import time
@@ -18,6 +19,7 @@ from transformers.trainer_callback import TrainerCallback
 from .config import DriftingConfig
 from .data import LabelledImages, RealSamples
 from .draws import EVAL, LABELS, NOISE, RealDraws, as_samples, class_names, make_feed
+from .fields import Situation
 from .files import write_text
 from .finetuning import adaptation
 from .generator import DriftingGenerator
@@ -73,6 +75,7 @@ class DriftingTrainer(TrainingLoop):
         compute_metrics: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     ):
+        config = dataclasses.replace(config, field=objective.settle_field(config.field))  # a run says what it does
         super().__init__(config, callbacks)
         self.objective, self.vae = objective, vae
         self.about: dict[str, Any] = {}  # what else a card should say: dataset, license, base_model
@@ -109,7 +112,11 @@ class DriftingTrainer(TrainingLoop):
         )
         self._ignore_constant_features(known)
         self.real = RealDraws(feed(), config, classes=classes or 1, slots=self.slots, device=self.accelerator.device)
-        self._prepare(generator, [self.real])
+        if objective.observers and self.train_data is None:
+            raise ValueError(
+                f"the field {config.field} looks at all real samples once, and a stream cannot be read twice; take one without a memory"
+            )
+        self._prepare(generator, [self.real, *([objective] if objective.state_dict()["memories"] else [])])
         self.pipeline()  # what could not be saved in the end is refused now
 
     @property
@@ -129,17 +136,22 @@ class DriftingTrainer(TrainingLoop):
         weights = None if negatives is None else self._unconditional_weight(guidance)
         generate = lambda part: self._generate(drawn.labels[part], guidance[part], list(self.slots)[part])
         real = (cast(Tensor, positives), negatives, weights)
-        loss, measured = self._in_one_pass(generate, *real) if self._pieces() == 1 else self._in_two_passes(generate, *real)
-        outcome = self._update(lambda: self._blame(generate(slice(0, 1)), *(None if t is None else t[:1] for t in real)))
+        now = Situation(self.step, self.config.max_steps, labels=drawn.labels)
+        loss, measured = self._in_one_pass(generate, *real, now) if self._pieces() == 1 else self._in_two_passes(generate, *real, now)
+        first = dataclasses.replace(now, labels=drawn.labels[:1])
+        outcome = self._update(lambda: self._blame(generate(slice(0, 1)), *(None if t is None else t[:1] for t in real), first))
         return outcome | {"loss": loss, "features": measured}
 
-    def _in_one_pass(self, generate: Callable, *real: Any) -> tuple[Tensor, dict[str, Measured]]:
-        loss, measured = self._together(lambda: self.objective(generate(slice(None)), *real, mean=self._mean))
+    def _in_one_pass(
+        self, generate: Callable, positives: Tensor, negatives: Tensor | None, weights: Tensor | None, now: Situation
+    ) -> tuple[Tensor, dict[str, Measured]]:
+        real = (positives, negatives, weights)
+        loss, measured = self._together(lambda: self.objective(generate(slice(None)), *real, mean=self._mean, situation=now))
         self.accelerator.backward(loss)
         return loss.detach(), measured
 
     def _in_two_passes(
-        self, generate: Callable, positives: Tensor, negatives: Tensor | None, weights: Tensor | None
+        self, generate: Callable, positives: Tensor, negatives: Tensor | None, weights: Tensor | None, now: Situation
     ) -> tuple[Tensor, dict[str, Measured]]:
         """The same gradient with the activations of a few labels in memory at a time: first features, then each piece against its slopes."""
         size, count = self.config.labels_per_microbatch, len(self.slots)
@@ -149,7 +161,8 @@ class DriftingTrainer(TrainingLoop):
             generated = _joined([problems(generate(piece)) for piece in pieces])
             attracting = _joined([problems(positives[piece]) for piece in pieces])
             repelling = {} if negatives is None else _joined([problems(negatives[piece]) for piece in pieces])
-        slopes, loss, measured = self._together(lambda: self.objective.slopes(generated, attracting, repelling, weights, mean=self._mean))
+        compare = lambda: self.objective.slopes(generated, attracting, repelling, weights, mean=self._mean, situation=now)
+        slopes, loss, measured = self._together(compare)
         del generated, attracting, repelling
         for piece in pieces:
             sync = contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(self.model)
@@ -208,6 +221,16 @@ class DriftingTrainer(TrainingLoop):
 
     def _begin(self) -> None:
         self.real.feed.fill()
+        if self.objective.observers:
+            self._show_everything()
+
+    def _show_everything(self) -> None:
+        """All real samples, once, to a field that remembers them. Every process looks at all, so that all remember the same."""
+        data, device, size = cast(RealSamples, self.train_data), self.accelerator.device, self.config.push_per_step
+        shown = tqdm(range(0, len(data.labels), size), desc="remembering", disable=not self.accelerator.is_main_process)
+        for i in shown:
+            samples, labels = data.gather(range(i, min(i + size, len(data.labels))))
+            self.objective.observe(samples.to(device), labels.to(device))
 
     def _pack(self, samples: Tensor) -> Tensor:
         """What a bank keeps of samples.
@@ -342,6 +365,7 @@ class DriftingTrainer(TrainingLoop):
             "metrics": {name: value for name, value in numbers.items() if not name.endswith("_real")},
             "real": real,
             "step": entry["step"],
+            **({"field": self.config.field} if self.config.field else {}),
             **self.about,
             "samples_per_class": count,
         }

@@ -18,13 +18,13 @@ class Situation:
     """Where in a run a field is called.
 
     Attributes:
-        step: update, counted from 0.
+        step: update, counted from 0; None where no run is, and schedules stay as they are.
         steps: length of the run, for schedules that last as long as it; None where nobody knows.
         feature: name of what is compared.
         labels: [l], the class of each label of the step; problems are (label, location) with labels first. None without classes.
     """
 
-    step: int = 0
+    step: int | None = None
     steps: int | None = None
     feature: str = ""
     labels: Tensor | None = None
@@ -53,7 +53,7 @@ class Observer(Memory, Protocol):
 def situated(field: Any, situation: Situation) -> Any:
     """The field of this situation: numbers in place of schedules, in fields within fields too, and memories at the right place."""
     if isinstance(field, Schedule):
-        return field.at(situation.step, situation.steps)
+        return field if situation.step is None else field.at(situation.step, situation.steps)
     if isinstance(field, tuple):
         items = tuple(situated(item, situation) for item in field)
         return field if all(new is old for new, old in zip(items, field, strict=True)) else items
