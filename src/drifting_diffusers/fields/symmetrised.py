@@ -1,0 +1,139 @@
+r"""A field made symmetric under a finite group G of rotations and reflections g, as in SymDrift (arXiv 2605.06140, of which only the idea was available):
+
+    V(x) = mean over g of g^-1 F(g x; p, q)
+
+For given positives and negatives it is equivariant, V(h x) = h V(x) for h in G, whether or not they are symmetric: they need not be augmented. It is the mean
+of F(x; g^-1 p, g^-1 q), hence antisymmetric in p and q if F is; where p and q are symmetric already, as sets with masses, it is F itself.
+
+All images are problems of one step for the field inside, so its lengths, rms and memory of classes are common to them (ours). Strengths are those of
+F, before the mean. The group acts about the origin of x: centre what is to be symmetric.
+
+The own samples as negatives (ours). The queries are moved, the negatives are not, so that p and q are treated alike. Under every g the pair of a query with itself
+stays masked, not only where g x_i and x_i coincide: a sample is absent from its own negatives with all its images, and each query sees the images of
+the others alone. Its own images are no independent samples of q; they would push it away from every mirror (law: a single query feels no repulsion).
+Own negatives move when their queries do: V(h x; p, h q) = h V(x; p, q) then holds for a force that is a sum of a part that depends on p and one that depends on
+q, as the mean shift's is (its rms apart), but not for Algorithm 2, which couples them.
+
+Costs |G| times the field inside, in time and in memory.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import in_float
+from ..shapes import Float
+from .protocol import Drift, Field, Mean, batch_mean
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Symmetrised:
+    """The mean of a field over a group.
+
+    Attributes:
+        field: any field.
+        group: "sign" (x and -x), "rotations-k" (the k rotations of every plane of two consecutive coordinates), "dihedral-k" (these and mirror images),
+            or the orthogonal matrices themselves, as tuples of rows. A matrix smaller than x acts on consecutive coordinates, so 3 x 3 matrices
+            act on atoms in a row.
+
+    Raises:
+        ValueError: for a group that is none: unknown, not orthogonal, or not closed under products; for x whose dimension the matrices do not divide.
+    """
+
+    field: Field
+    group: str | tuple[Matrix, ...] = "sign"
+
+    def __post_init__(self):
+        if not callable(self.field):
+            raise TypeError(f"Symmetrised needs a field to call, got {self.field!r}")
+        _check_group(self.matrices())
+
+    def matrices(self) -> Float[Tensor, "g k k"]:
+        """The group, in float64."""
+        return _named(self.group) if isinstance(self.group, str) else _given(self.group)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Float[Tensor, "*b n d"],
+        *,
+        positives: Float[Tensor, "*b p d"],
+        negatives: Float[Tensor, "*b m d"],
+        positive_weights: Float[Tensor, "*b p"] | None = None,
+        negative_weights: Float[Tensor, "*b m"] | None = None,
+        own: int | None = None,
+        mean: Mean = batch_mean,
+    ) -> Drift:
+        """See `Field`."""
+        own = (x.shape[-2] if negatives is x else 0) if own is None else own
+        one: Any = lambda t: None if t is None else (t[None] if x.ndim == 2 else t)
+        group = self.matrices().to(in_float(x))
+        size, problems = len(group), one(x).shape[0]
+        again: Any = lambda t: (
+            None if t is None else one(t).repeat_interleave(size, dim=0)
+        )  # [b g ...]: labels, then locations, then images
+        drift = self.field(
+            _act(group, in_float(one(x))).flatten(0, 1),
+            positives=again(positives),
+            negatives=again(negatives),
+            positive_weights=again(positive_weights),
+            negative_weights=again(negative_weights),
+            own=own,
+            mean=mean,
+        )
+        back = _act_each(group.mT, drift.velocity.unflatten(0, (problems, size))).mean(1)
+        over_images = lambda t: (
+            t.unflatten(-1, (problems, size)).mean(-1) if drift.unit.ndim else t
+        )  # units of every problem, if not of the step
+        return Drift(back[0] if x.ndim == 2 else back, over_images(drift.unit), over_images(drift.distance), over_images(drift.strength))
+
+
+def _act(group: Tensor, x: Tensor) -> Float[Tensor, "b g n d"]:
+    """Every image g x."""
+    return _act_each(group, x[:, None].expand(-1, len(group), -1, -1))
+
+
+def _act_each(group: Tensor, x: Float[Tensor, "b g n d"]) -> Float[Tensor, "b g n d"]:
+    """The g-th image of the g-th copy."""
+    k, d = group.shape[-1], x.shape[-1]
+    if d % k:
+        raise ValueError(f"matrices of {k} x {k} act on {k} consecutive coordinates, but x has {d}; give matrices whose size divides {d}")
+    return torch.einsum("gij,bgnaj->bgnai", group, x.unflatten(-1, (d // k, k))).flatten(-2)
+
+
+def _named(name: str) -> Tensor:
+    kind, _, order = name.partition("-")
+    if name == "sign":
+        return torch.tensor([[[1.0]], [[-1.0]]], dtype=torch.float64)
+    if kind not in ("rotations", "dihedral") or not order.isdecimal() or int(order) < 1:
+        raise ValueError(f"group must be 'sign', 'rotations-k', 'dihedral-k' with k at least 1, or a tuple of matrices, got {name!r}")
+    angles = [2 * math.pi * i / int(order) for i in range(int(order))]
+    turns = torch.tensor([[[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]] for t in angles], dtype=torch.float64)
+    mirror = torch.tensor([[1.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
+    return turns if kind == "rotations" else torch.cat([turns, turns @ mirror])
+
+
+def _given(group: Any) -> Tensor:
+    try:
+        return torch.tensor(group, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"group must be a tuple of square matrices of one size, each a tuple of rows, got {group!r}: {error}") from None
+
+
+def _check_group(group: Tensor) -> None:
+    if group.ndim != 3 or group.shape[1] != group.shape[2] or 0 in group.shape:
+        raise ValueError(f"group must be a tuple of square matrices of one size, each a tuple of rows, got shape {list(group.shape)}")
+    unity = torch.eye(group.shape[1], dtype=group.dtype)
+    if (group @ group.mT - unity).abs().max() > 1e-6:
+        raise ValueError("every matrix of a group must be orthogonal, g g^T = 1; their inverses are taken to be their transposes")
+    apart = lambda a, b: (a[:, None] - b[None]).abs().amax((-1, -2))
+    if (apart(group, group) < 1e-6).sum() != len(group):
+        raise ValueError("a group holds every matrix once")
+    products = (group[:, None] @ group[None]).flatten(0, 1)
+    if apart(products, group).amin(1).max() > 1e-6:
+        raise ValueError(f"{len(group)} matrices are no group: some of their products are not among them; add those, and the identity")
