@@ -26,7 +26,8 @@ Negatives beyond the own ones enter the self term as further columns: guidance b
 (alpha - 1)(n - 1) (`guidance.unconditional_weight`) is meant beside n - 1 own samples, so where there are n / 2 or n of them, as for a plan that gives every
 column its mass, masked or not, it is scaled in proportion (ours). Guidance of velocities is a wrapper, `VelocityGuidance`. Masses of own samples are masses of queries too.
 
-Known limits. Queries are not moved one by one: V of a query depends on all of them. With "independent" it depends on which half a query is in, and it has no
+Known limits. Particles that stay the same from step to step need "same": halves that are not drawn anew push each other apart, d(a - b)/dt = a - b, and so do masked
+neighbours at small epsilon. Queries are not moved one by one: V of a query depends on all of them. With "independent" it depends on which half a query is in, and it has no
 bias at p = q only if there are as many positives as the half has samples; with "masked" a bias remains. Antisymmetric in p and q for given negatives (own = 0).
 The scale of the cost and of epsilon are as read from the authors' code; the other choices are labelled ours.
 """

@@ -14,7 +14,9 @@ the others alone. Its own images are no independent samples of q; they would pus
 Own negatives move when their queries do: V(h x; p, h q) = h V(x; p, q) then holds for a force that is a sum of a part that depends on p and one that depends on
 q, as the mean shift's is (its rms apart), but not for Algorithm 2, which couples them.
 
-Costs |G| times the field inside, in time and in memory.
+Known limits. It averages fields, not data: of data that lie on one side only every image pulls alike, however far it is, so a normalised field such as the mean
+shift leads between the images (a test). It is meant for data that are symmetric in law, where it removes the asymmetry of a finite batch; otherwise augment the
+data. Costs |G| times the field inside, in time and in memory.
 """
 
 import math
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import in_float
+from ..kernels import exact_products, in_float
 from ..shapes import Float
 from .protocol import Drift, Field, Mean, batch_mean
 
@@ -77,8 +79,10 @@ class Symmetrised:
         again: Any = lambda t: (
             None if t is None else one(t).repeat_interleave(size, dim=0)
         )  # [b g ...]: labels, then locations, then images
+        with torch.autocast(x.device.type, enabled=False), exact_products():
+            images = _act(group, in_float(one(x))).flatten(0, 1)
         drift = self.field(
-            _act(group, in_float(one(x))).flatten(0, 1),
+            images,
             positives=again(positives),
             negatives=again(negatives),
             positive_weights=again(positive_weights),
@@ -86,7 +90,8 @@ class Symmetrised:
             own=own,
             mean=mean,
         )
-        back = _act_each(group.mT, drift.velocity.unflatten(0, (problems, size))).mean(1)
+        with torch.autocast(x.device.type, enabled=False), exact_products():
+            back = _act_each(group.mT, drift.velocity.unflatten(0, (problems, size))).mean(1)
         over_images = lambda t: (
             t.unflatten(-1, (problems, size)).mean(-1) if drift.unit.ndim else t
         )  # units of every problem, if not of the step
