@@ -13,12 +13,12 @@ pairs are formed: `strength` is the mean of |V|^2 / (u^2 d) = |V|^2 / s^2, which
 divided by its rms unless asked (ours): it is the gradient of a distance, and falls with it.
 
 Ours, too: unconditional negatives of guidance are part of g with their masses, as in q~ = (1 - gamma) q + gamma p, so T carries the mixture to the real
-samples and the rest point is the same as that of the other fields. Pooled over all problems, labels count by their mass. A queue is one of moments,
+samples, and at rest the mixture has their moments, where any q does that. Pooled over all problems, labels count by their mass. A queue is one of moments,
 every call is one step of it, and one whose sums are not finite is not remembered. Covariances are divided by the mass, not by one less.
 
 With fewer samples than dimensions, or a collapsed generator, S_g has no inverse: `ridge` times the mean eigenvalue of both sides is added to both, so
 equal samples still rest, and no direction is widened more than about sqrt(2 / ridge) times at once. Matrices are float64, and on a device without it
-(MPS) they are on the CPU: two eigenvalue problems of d x d per call, seconds for d = 2048 on a CPU. Take it for pooled features, d <= 2048.
+(MPS) they are on the CPU: two eigenvalue problems of d x d per call, half a minute for d = 2048 on one core. Take it for pooled features, d <= 2048.
 
 Known limits. Only two moments are seen: V is 0 between any two distributions that share them. With moments of one class per step pooled, it is the
 class mixture that is matched. Moments of the step are biased by about d / n: more samples than dimensions, or a memory.

@@ -125,7 +125,7 @@ class AttractionSums:
     temperatures times the mean distance of two different landmarks of the class, over all of its locations: one number per (feature, class).
 
     Per feature and class it holds l M d (1 + t) numbers of 8 bytes, l locations and t temperatures, once more in half the size while it is used, and
-    l M^2 with `projected`.
+    l M^2 with `projected`; the first part is in every checkpoint.
 
     Args:
         landmarks: M, at most, per class.
