@@ -1,25 +1,53 @@
 """Drifting fields: one file per published field, one protocol (`Field`), one result (`Drift`). Imports torch and nothing else."""
 
+from .combined import Combined, temperature_set
+from .divergence import DivergenceField
 from .drifting import DriftingField, algorithm_2
+from .frechet import FrechetField
+from .friction import Friction, inertial_step
+from .kernel_gradient import KernelGradientField
+from .lookahead import Lookahead
 from .mean_shift import MeanShiftField
 from .names import FIELDS, read_field, spell
+from .nystrom import NystromField
 from .protocol import Drift, Field, Mean, batch_mean
+from .score import ScoreField
+from .sharp import SharpField, sharp_potential
+from .sinkhorn import SinkhornField, w_flow
 from .situation import Memory, Observer, Situation, memories, situated
+from .symmetrised import Symmetrised
+from .velocity_guidance import VelocityGuidance
 
 __all__ = [
     "FIELDS",
+    "Combined",
+    "DivergenceField",
     "Drift",
     "DriftingField",
     "Field",
+    "FrechetField",
+    "Friction",
+    "KernelGradientField",
+    "Lookahead",
     "Mean",
     "MeanShiftField",
     "Memory",
+    "NystromField",
     "Observer",
+    "ScoreField",
+    "SharpField",
+    "SinkhornField",
     "Situation",
+    "Symmetrised",
+    "VelocityGuidance",
     "algorithm_2",
     "batch_mean",
+    "inertial_step",
     "memories",
     "read_field",
+    "sharp_potential",
     "situated",
     "spell",
+    "temperature_set",
+    "w_flow",
 ]

@@ -17,17 +17,41 @@ from typing import Any
 from ..couplings import COUPLINGS
 from ..kernels import KERNELS
 from ..schedules import SCHEDULES, Schedule
+from .combined import Combined
+from .divergence import DivergenceField
 from .drifting import DriftingField, algorithm_2
+from .frechet import FrechetField
+from .friction import Friction
+from .kernel_gradient import KernelGradientField
+from .lookahead import Lookahead
 from .mean_shift import MeanShiftField
+from .nystrom import NystromField
 from .protocol import Field
+from .score import ScoreField
+from .sharp import SharpField
+from .sinkhorn import SinkhornField, w_flow
+from .symmetrised import Symmetrised
+from .velocity_guidance import VelocityGuidance
 
 FIELDS: dict[str, Callable[..., Any]] = {
     "drifting": DriftingField,
     "mean_shift": MeanShiftField,
+    "score": ScoreField,
+    "sharp": SharpField,
+    "kernel_gradient": KernelGradientField,
+    "divergence": DivergenceField,
+    "sinkhorn": SinkhornField,
+    "nystrom": NystromField,
+    "frechet": FrechetField,
+    "lookahead": Lookahead,
+    "friction": Friction,
+    "combined": Combined,
+    "velocity_guidance": VelocityGuidance,
+    "symmetrised": Symmetrised,
 }
 """Every field by its name, one row each; a field of your own is one row more: `FIELDS["mine"] = MyField`."""
 
-SETTINGS: dict[str, Callable[..., Any]] = {"algorithm_2": algorithm_2}
+SETTINGS: dict[str, Callable[..., Any]] = {"algorithm_2": algorithm_2, "w_flow": w_flow}
 """Published settings of these fields: functions that make one."""
 
 

@@ -1,0 +1,103 @@
+"""The quickstart's generator of Fashion-MNIST, trained for a few hundred steps with any field, from the same seeds, through `DriftingTrainer`."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingTrainer
+from drifting_diffusers.classifiers import SmallClassifier, kept_classifier
+from drifting_diffusers.data import LabelledImages
+from drifting_diffusers.evaluation import accuracy
+from drifting_diffusers.features import Pixels
+from drifting_diffusers.presets import PRESETS
+
+DATA = Path(__file__).parents[1] / "examples/data/fashion_mnist"
+
+ROWS = {
+    "released": "drifting",
+    "Algorithm 2": "drifting(affinity_floor=0.0)",
+    "rows only": "drifting(affinity_floor=0.0, coupling=row_softmax)",
+    "unnormalised": "drifting(affinity_floor=0.0, coupling=unnormalised)",
+    "mean shift": "mean_shift",
+    "mean shift, ABC": "mean_shift(bias_corrected=True)",
+    "score": "score",
+    "score, annealed": "score(temperatures=(exponential(1.0, 0.2),))",
+    "sharp": "sharp",
+    "kernel gradient": "kernel_gradient",
+    "MMD": 'divergence(weighting="mmd")',
+    "chi-square": 'divergence(weighting="q/p")',
+    "Sinkhorn": "sinkhorn",
+    "Sinkhorn, masked": 'sinkhorn(own_term="masked")',
+    "Nystrom": 'nystrom(sums="dataset", landmarks=150)',
+    "Frechet": 'frechet(grouping="problem")',
+    "lookahead": "lookahead(drifting, terms=1)",
+    "friction": "friction(drifting, linear(0.0, 0.9))",
+}
+"""Every field with its defaults; here nothing was tuned."""
+
+
+def classifier(name: str, folder: Path) -> SmallClassifier:
+    """The quickstart's judge, or its encoder, of seed 0."""
+    width, epochs, seed = {"judge": (32, 8, 0), "encoder": (16, 5, 1)}[name]
+    everything = lambda: images("train").per_class(8000)
+    file = folder / f"{name}.safetensors"
+    return kept_classifier(file, everything, channels=1, num_classes=10, seed=seed, width=width, epochs=epochs, name=name)
+
+
+def images(split: str) -> LabelledImages:
+    dataset = Dataset.from_parquet(str(DATA / f"{split}.parquet"))
+    return LabelledImages(dataset, size=(28, 28), channels=1, num_classes=10, image_column="image", label_column="label")
+
+
+def train(text: str, *, seed: int, steps: int, folder: Path, conditional: bool = True, **choices) -> dict:
+    """Train with a field and measure class accuracy, energy distance and spread, or, without labels, how many classes are there.
+
+    Args:
+        text: the field, as `read_field` takes it.
+        seed: of weights and every draw.
+        steps: of training.
+        folder: of classifiers and runs; what a run writes is removed in the end.
+        conditional: whether the generator is told the class.
+        **choices: further choices of the config.
+    """
+    judge, encoder = (classifier(name, folder) for name in ("judge", "encoder"))
+    torch.manual_seed(seed)
+    model = PRESETS["fashion-mnist"].model | ({} if conditional else {"num_classes": 0})
+    shape = {} if conditional else {"labels_per_step": 1, "generated_per_label": 80, "positives_per_label": 320}
+    with tempfile.TemporaryDirectory(dir=folder) as run:
+        config = DriftingConfig.preset(
+            "fashion-mnist",
+            output_dir=f"{run}/run",
+            steps=steps,
+            seed=seed,
+            field=text,
+            eval_steps=0,
+            preview_steps=0,
+            save_steps=steps,
+            **shape | choices,
+        )
+        trainer = DriftingTrainer(
+            DriftingGenerator(**model),
+            DriftingObjective([Pixels(), encoder.activations]),
+            images("train"),
+            config,
+            eval_dataset=images("test"),
+            compute_metrics=lambda x, y: told(judge, x, y) if conditional else classes(judge, x),
+        )
+        found = trainer.train()
+    drawn = trainer.generate(torch.arange(10).repeat_interleave(4), rng=torch.Generator().manual_seed(1))
+    tiles = drawn.add(1).mul(127.5).round().to(torch.uint8).flatten(1).tolist() if seed == 0 else None
+    return {"tiles": tiles, "ms_per_step": 1000 * trainer.seconds / steps} | {name: float(value) for name, value in found.items()}
+
+
+def told(judge: SmallClassifier, samples: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    return {"accuracy": accuracy(judge, samples, labels)} | classes(judge, samples)
+
+
+@torch.no_grad()
+def classes(judge: SmallClassifier, samples: torch.Tensor) -> dict[str, float]:
+    """How many classes the judge sees in at least 2 % of the samples, a fifth of their due, and the least share of one."""
+    share = torch.bincount(judge(samples).argmax(1), minlength=10) / len(samples)
+    return {"classes": float((share >= 0.02).sum()), "least_class": float(share.min())}
