@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs/evaluation.md").read_text()
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("meters_example", ROOT / "examples/03_meters.py")
+    spec = importlib.util.spec_from_file_location("meters_example", ROOT / "examples/06_meters.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -39,7 +39,7 @@ def test_the_example_runs(example, tmp_path, monkeypatch, capsys):
         (tmp_path / "data").mkdir(exist_ok=True)
         data.shuffle(seed=0).select(range(400)).to_parquet(str(tmp_path / f"data/{split}.parquet"))
     arguments = [
-        "03_meters.py",
+        "06_meters.py",
         "--dataset",
         str(tmp_path / "data"),
         "--output",

@@ -1,6 +1,6 @@
 """Do the meters see what they should? Real images, damaged in known ways, are measured like the samples of a model.
 
-    python examples/03_meters.py --dataset zalando-datasets/fashion_mnist --output outputs/meters_fashion_mnist
+    python examples/06_meters.py --dataset zalando-datasets/fashion_mnist --output outputs/meters_fashion_mnist
 
 A row per kind of damage, a column per metric, in the features of EfficientNet-Lite0 (`pip install drifting-diffusers[lite0]`). What every row should
 do is said in docs/evaluation.md, with the numbers that came out.
