@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drifting_diffusers.fields import MeanShiftField, names
+from drifting_diffusers.fields import MeanShiftField
 from drifting_diffusers.fields.divergence import DivergenceField
 from drifting_diffusers.fields.frame import FramedField
 from drifting_diffusers.fields.kernel_gradient import KernelGradientField
@@ -39,8 +39,6 @@ FIELDS = ANTISYMMETRIC | {
     "divergence_mixed": DivergenceField(weighting=("kl", "q/p"), mixture=(0.5, 2.0)),
 }
 EVERY_FIELD = pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS.keys())
-for name, cls in (("score", ScoreField), ("sharp", SharpField), ("kernel_gradient", KernelGradientField), ("divergence", DivergenceField)):
-    names.FIELDS.setdefault(name, cls)
 
 
 def plain(cls: type, temperature: float = 0.8, **more) -> FramedField:
