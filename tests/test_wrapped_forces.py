@@ -74,9 +74,11 @@ def test_without_own_or_further_negatives_it_is_the_field_inside(field):
         assert_close(velocity(VelocityGuidance(field), x, p, negatives, own=own), velocity(field, x, p, negatives, own=own), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("inner", [SinkhornField((0.3,), own_term="masked", **PLAIN), MeanShiftField((0.5,), **PLAIN)])
+@pytest.mark.parametrize(
+    "inner", [SinkhornField((0.3,), own_term="masked", **PLAIN), MeanShiftField((0.5,), **PLAIN), DriftingField((0.5,), **PLAIN)]
+)
 def test_the_guided_velocity_is_a_sum_of_two_fields(inner):
-    """V = F(x; p_c, q) + (alpha - 1) F(x; p_c, p_0), for a scale of every problem; the norm of the masses says the scale alone."""
+    """V = F(x; p_c, q) + (alpha - 1) F(x; p_c, p_0), for a scale of every problem; the masses say the scale alone."""
     x, p, q = clouds(0)
     alpha = torch.tensor([1.5, 3.0], dtype=F64)
     expected = velocity(inner, x, p, x) + (alpha - 1)[:, None, None] * velocity(inner, x, p, q)
@@ -137,7 +139,9 @@ def test_t21_a_toy_of_two_gaussians_rests_at_the_guided_mean(own_term):
         z = noise()
         v = guided(field, m + s * z, conditional + 0.5 * noise(), unconditional + 0.5 * noise(), alpha).velocity
         m, s = m + 0.15 * v.mean(1, keepdim=True), s + 0.15 * (v * z).mean((1, 2), keepdim=True)
-        means, spreads = (means + [m[:, 0]], spreads + [s[:, 0, 0]]) if i >= 40 else ([], [])
+        if i >= 40:
+            means.append(m[:, 0])
+            spreads.append(s[:, 0, 0])
     expected = torch.stack([conditional, 2 * conditional - unconditional])
     assert_close(torch.stack(means).mean(0), expected, rtol=0, atol=0.06)
     assert (torch.stack(spreads).mean(0) / 0.5 - 1).abs().max() < 0.12
