@@ -290,10 +290,11 @@ def drawn(steps: int, n: int = 40, d: int = 3) -> list[tuple[Tensor, Tensor, Ten
     return [(draw(2, n, d) * (1 + s) + s, draw(2, 60, d) - s, torch.rand(2, n, generator=generator, dtype=F64)) for s in range(steps)]
 
 
-def test_a_queue_has_the_moments_of_the_last_samples():
-    """80 generated samples a step, a window of 200: the last three steps; earlier ones are forgotten."""
+@pytest.mark.parametrize("window", [200, 240])
+def test_a_queue_has_the_moments_of_the_last_samples(window):
+    """80 generated samples a step, a window of 200 or 240: the last three steps; earlier ones are forgotten."""
     steps = drawn(6)
-    field = situated(FrechetField(moments="queue", window=200), Situation(feature="map"))
+    field = situated(FrechetField(moments="queue", window=window), Situation(feature="map"))
     for i, (x, p, w) in enumerate(steps):
         found = velocity(field, x, p, x, negative_weights=w)
         xs, ps, ws = (torch.cat(parts, dim=1) for parts in zip(*steps[max(0, i - 2) : i + 1], strict=True))
@@ -313,15 +314,16 @@ def test_a_queue_of_small_steps_keeps_blocks_of_them():
 
 
 def test_an_average_is_its_formula_from_the_first_step():
-    """S_t = (1 - decay) sum_s decay^(t - s) S_s, in which masses are averaged as sums are."""
+    """S_t = (1 - decay) sum_s decay^(t - s) S_s, in which masses are averaged as sums are: per generated sample, so that a large step counts as a small one."""
     steps, decay = drawn(5), 0.7
+    steps[1:3] = [(x[:, :10], p[:, :15], w[:, :10]) for x, p, w in steps[1:3]]
     field = FrechetField(moments="average", decay=decay)
     for i, (x, p, w) in enumerate(steps):
         found = velocity(field, x, p, x, negative_weights=w)
-        fade = [decay ** (i - s) for s in range(i + 1)]
+        fade = [decay ** (i - s) / steps[s][0].shape[1] for s in range(i + 1)]
         xs, ps = (torch.cat([step[side] for step in steps[: i + 1]], dim=1) for side in (0, 1))
         ws = torch.cat([f * step[2] for f, step in zip(fade, steps, strict=False)], dim=1)
-        vs = torch.cat([torch.full((2, 60), f, dtype=F64) for f in fade], dim=1)
+        vs = torch.cat([torch.full(step[1].shape[:2], f, dtype=F64) for f, step in zip(fade, steps, strict=False)], dim=1)
         assert_close(found, velocity(FrechetField(), x, ps, xs, negative_weights=ws, positive_weights=vs), rtol=1e-8, atol=1e-10)
 
 

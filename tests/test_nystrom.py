@@ -91,6 +91,23 @@ def test_t17_with_every_positive_a_landmark_it_is_the_difference_of_mean_shifts(
     assert (few.velocity - exact.velocity).norm() > 0.05 * exact.velocity.norm()
 
 
+def test_the_repulsion_is_psi_b_over_psi_s_without_psi_psi():
+    """Of own negatives with masses, written out."""
+    x, p, q = clouds()
+    joined, w = torch.cat([x, q], dim=1), torch.rand(2, 40, generator=torch.Generator().manual_seed(1), dtype=F64)
+    options = {"landmarks": 9, "repulsion": "nystrom", "least_mass": 0.0, **PLAIN}
+    found = velocity(NystromField((2.0,), **options), x, p, joined, own=16, negative_weights=w)
+    attracted = velocity(NystromField((2.0,), **options), x, p, joined, own=16, negative_weights=0 * w)
+    for b in range(2):
+        u, y, mass = p[b, :9].numpy(), joined[b].numpy(), w[b].numpy()
+        k = lambda a, c: np.exp(-np.linalg.norm(a[:, None] - c[None], axis=-1) / 2.0)
+        shares = k(y[:16], u) @ np.linalg.inv(k(u, u) + 1e-4 * np.eye(9)) @ k(u, y) * mass
+        np.fill_diagonal(shares, 0)
+        expected = shares @ y / shares.sum(1, keepdims=True) - y[:16]
+        assert (shares.sum(1) > 0).all()
+        assert_close_in_norm((attracted - found)[b], torch.from_numpy(expected), 1e-6)
+
+
 def test_the_negatives_through_the_same_landmarks_without_the_query_itself():
     """Where the landmarks are the negatives the projection is exact, so it is the masked mean shift."""
     x = clouds()[0]
@@ -139,7 +156,7 @@ def test_t4_rotations_and_translations_carry_over(repulsion):
 def test_a_mass_of_0_is_absence(repulsion):
     """Also where a landmark would have been; and nobody left is no NaN."""
     x, p, q = clouds()
-    p, w = torch.cat([p[:, :3] + 5, p], dim=1), torch.cat([torch.zeros(2, 3, dtype=F64), torch.ones(2, 40, dtype=F64)], dim=1)
+    p, w = torch.cat([p[:, 3:6] + 0.1, p], dim=1), torch.cat([torch.zeros(2, 3, dtype=F64), torch.ones(2, 40, dtype=F64)], dim=1)
     joined, v = torch.cat([x, q], dim=1), torch.cat([torch.ones(2, 16, dtype=F64), torch.zeros(2, 24, dtype=F64)], dim=1)
     field = NystromField((0.5,), landmarks=10, repulsion=repulsion, **PLAIN)
     found = velocity(field, x, p, joined, positive_weights=w, negative_weights=v, own=16)
