@@ -32,7 +32,7 @@ ROWS = {
     "Sinkhorn, masked": 'sinkhorn(own_term="masked")',
     "Nystrom": 'nystrom(sums="dataset", landmarks=150)',
     "Frechet": 'frechet(grouping="problem")',
-    "lookahead": "lookahead(drifting, terms=1)",
+    "lookahead": "combined((lookahead(drifting(temperatures=(0.02,))), lookahead(drifting(temperatures=(0.05,))), lookahead(drifting(temperatures=(0.2,)))))",
     "friction": "friction(drifting, linear(0.0, 0.9))",
 }
 """Every field with its defaults; here nothing was tuned."""

@@ -162,9 +162,15 @@ def test_objective_and_config_agree_on_a_field():
 
 
 def test_a_memory_is_found_wherever_the_field_is():
-    plain, remembering = read_field("lookahead(drifting)"), read_field("lookahead(combined((drifting, frechet(moments='average'))))")
+    plain, remembering = read_field("lookahead(drifting)"), read_field("friction(combined((drifting, frechet(moments='average'))))")
     assert len(list(memories(plain))) == 0
     assert len(list(memories(remembering))) == 1
+
+
+def test_a_memory_of_moved_samples_is_refused():
+    with pytest.raises(ValueError, match="FrechetField remembers the samples it is called with"):
+        read_field("lookahead(frechet(moments='queue'))")
+    read_field("lookahead(nystrom(sums='dataset'))")  # of real samples, which do not move
 
 
 def test_memories_are_no_part_of_what_a_run_is():

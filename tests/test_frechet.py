@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from drifting_diffusers.fields import Situation, batch_mean, memories, names, read_field, situated, spell
+from drifting_diffusers.fields import Situation, batch_mean, memories, read_field, situated, spell
 from drifting_diffusers.fields.frechet import FrechetField, affine_map
 from drifting_diffusers.fields.moments import BLOCKS, Moments, gaussian_of, sums_of
 from drifting_diffusers.losses import NonFinite, drift_loss
-
-names.FIELDS.setdefault("frechet", FrechetField)
 
 F64 = torch.float64
 

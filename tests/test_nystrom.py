@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from drifting_diffusers.fields import MeanShiftField, Observer, Situation, memories, names, read_field, situated, spell
+from drifting_diffusers.fields import MeanShiftField, Observer, Situation, memories, read_field, situated, spell
 from drifting_diffusers.fields.landmarks import AttractionSums
 from drifting_diffusers.fields.nystrom import NystromField
 from drifting_diffusers.kernels import Gaussian, Laplace
 from drifting_diffusers.losses import NonFinite, drift_loss
 from drifting_diffusers.schedules import exponential
-
-names.FIELDS.setdefault("nystrom", NystromField)
 
 F64 = torch.float64
 PLAIN = {"normalise_distance": False, "normalise_force": False}

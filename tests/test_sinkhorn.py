@@ -8,18 +8,13 @@ from torch.testing import assert_close
 
 from drifting_diffusers import transport
 from drifting_diffusers.couplings import row_softmax
-from drifting_diffusers.fields import MeanShiftField, Situation, frame, names, read_field, situated, spell
+from drifting_diffusers.fields import MeanShiftField, Situation, frame, read_field, situated, spell
 from drifting_diffusers.fields.drifting import algorithm_2
 from drifting_diffusers.fields.sinkhorn import SinkhornField, w_flow
-from drifting_diffusers.fields.velocity_guidance import VelocityGuidance
 from drifting_diffusers.kernels import Gaussian, Laplace, pairwise_distance
 from drifting_diffusers.losses import drift_loss
 from drifting_diffusers.schedules import exponential
 from drifting_diffusers.transport import sinkhorn
-
-for name, known in (("sinkhorn", SinkhornField), ("velocity_guidance", VelocityGuidance)):
-    names.FIELDS.setdefault(name, known)
-names.SETTINGS.setdefault("w_flow", w_flow)
 
 F64 = torch.float64
 COST = pytest.mark.parametrize("cost", ["quadratic", "linear"])

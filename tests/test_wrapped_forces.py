@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from drifting_diffusers.fields import DriftingField, MeanShiftField, frame, names, read_field, spell
+from drifting_diffusers.fields import DriftingField, MeanShiftField, frame, read_field, spell
 from drifting_diffusers.fields.frame import Problems
 from drifting_diffusers.fields.sinkhorn import SinkhornField
 from drifting_diffusers.fields.symmetrised import Symmetrised
 from drifting_diffusers.fields.velocity_guidance import VelocityGuidance, guidance_strength
 from drifting_diffusers.guidance import unconditional_weight
 from drifting_diffusers.kernels import Gaussian
-
-for name, known in (("sinkhorn", SinkhornField), ("velocity_guidance", VelocityGuidance), ("symmetrised", Symmetrised)):
-    names.FIELDS.setdefault(name, known)
 
 F64 = torch.float64
 PLAIN = {"normalise_distance": False, "normalise_force": False}

@@ -6,10 +6,12 @@ from .drifting import DriftingField, algorithm_2
 from .frechet import FrechetField
 from .friction import Friction, inertial_step
 from .kernel_gradient import KernelGradientField
+from .landmarks import AttractionSums
 from .lookahead import Lookahead
 from .mean_shift import MeanShiftField
+from .moments import Moments
 from .names import FIELDS, read_field, spell
-from .nystrom import NystromField
+from .nystrom import Clamping, NystromField
 from .protocol import Drift, Field, Mean, batch_mean
 from .score import ScoreField
 from .sharp import SharpField, sharp_potential
@@ -20,6 +22,8 @@ from .velocity_guidance import VelocityGuidance
 
 __all__ = [
     "FIELDS",
+    "AttractionSums",
+    "Clamping",
     "Combined",
     "DivergenceField",
     "Drift",
@@ -32,6 +36,7 @@ __all__ = [
     "Mean",
     "MeanShiftField",
     "Memory",
+    "Moments",
     "NystromField",
     "Observer",
     "ScoreField",

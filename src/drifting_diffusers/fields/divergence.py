@@ -68,7 +68,7 @@ class DivergenceField(FramedField):
 
     def force(self, problems: Problems, temperature: float) -> Float[Tensor, "b n d"]:
         attraction, repulsion = scores(problems, temperature, self.kernel)
-        log_p, log_q = (_or_nobody(side.log_density) for side in (attraction, repulsion))
+        log_p, log_q = attraction.log_density, repulsion.log_density
         ratio = _difference(log_p, log_q).clamp(-math.log(self.ratio_bound), math.log(self.ratio_bound))
         score = attraction.shift - repulsion.shift
         forces: dict[str, Callable[[], Tensor]] = {
@@ -80,11 +80,6 @@ class DivergenceField(FramedField):
         factors = self.mixture or (1.0,) * len(self._weightings)
         parts = [factor * forces[name]() for name, factor in zip(self._weightings, factors, strict=True)]
         return sum(parts[1:], parts[0])
-
-
-def _or_nobody(log_density: Tensor) -> Tensor:
-    """The log of a mean over nobody, 0 / 0, is that of 0."""
-    return log_density.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _difference(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -202,8 +202,12 @@ class FramedField:
         one: Any = lambda t: in_float(t[None] if x.ndim == 2 else t) if t is not None else None
         with torch.autocast(x.device.type, enabled=False), exact_products():  # in 16 bits distances underflow at temperature 0.02
             problems = Problems(one(x), one(positives), one(negatives), one(positive_weights), one(negative_weights), own)
-            drift = self._drift(force, by_rows, _centred(problems), mean)
+            drift = self._drift(force, by_rows, _about(self.centre(problems), problems), mean)
         return dataclasses.replace(drift, velocity=drift.velocity[0]) if x.ndim == 2 else drift
+
+    def centre(self, problems: Problems) -> Float[Tensor, "#b 1 #d"]:
+        """What problems are centred about, the mean of all targets: distances and forces do not change, the rounding error of both does."""
+        return torch.cat([problems.negatives, problems.positives], dim=1).mean(dim=1, keepdim=True)
 
     def measure(self, problems: Problems, average: Mean) -> Tensor:
         """The length s that all others are measured in, [] or [b]."""
@@ -327,8 +331,6 @@ def check_shapes(
         raise ValueError(f"own must lie in [0, {most}], got {own}: it counts the leading negatives that are the queries themselves")
 
 
-def _centred(problems: Problems) -> Problems:
-    """About the mean of all targets: distances and forces do not change, the rounding error of both does."""
-    centre = torch.cat([problems.negatives, problems.positives], dim=1).mean(dim=1, keepdim=True)
+def _about(centre: Tensor, problems: Problems) -> Problems:
     x, positives, negatives = (t - centre for t in (problems.x, problems.positives, problems.negatives))
     return dataclasses.replace(problems, x=x, positives=positives, negatives=negatives)

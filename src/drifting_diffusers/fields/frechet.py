@@ -34,14 +34,14 @@ from torch import Tensor
 
 from ..schedules import Scheduled
 from ..shapes import Float
-from .frame import Force, Problems, check_choice, positive
-from .moments import Gaussian, Moments, PlacedField, gaussian_of, over_processes, sums_of
+from .frame import Force, FramedField, Problems, check_choice, positive
+from .moments import Gaussian, Moments, gaussian_of, over_processes, sums_of
 from .protocol import Drift, Mean, batch_mean
 from .situation import Situation
 
 
 @dataclass(frozen=True)
-class FrechetField(PlacedField):
+class FrechetField(FramedField):
     """The affine transport between Gaussian fits.
 
     Attributes:

@@ -39,6 +39,7 @@ from ..schedules import Schedule, Scheduled
 from ..shapes import Float
 from .frame import per_problem, positive, refuse_schedules
 from .protocol import Drift, Field, Mean, batch_mean
+from .situation import Observer, memories
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Lookahead:
         if self.weights is not None and len(self.weights) != self.terms + 1:
             raise ValueError(f"{self.terms} terms and the velocity at x need {self.terms + 1} weights, got {self.weights}")
         check_weights(self.weights)
+        if self.terms and any(not isinstance(memory, Observer) for memory in memories(self.field)):
+            raise ValueError(
+                f"{type(self.field).__name__} remembers the samples it is called with, and lookahead calls it with samples that were moved; "
+                "take a field without that memory, as in frechet(moments='batch')"
+            )
         ends = (self.step.start, self.step.end) if isinstance(self.step, Schedule) else (self.step,)
         if self.step is not None and not all(map(positive, ends)):
             raise ValueError(

@@ -4,44 +4,18 @@ A queue of samples is remembered as the sums that its moments are made of, in bl
 block instead of d a sample, and the oldest samples leave a block at a time).
 """
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import exact_products, in_float
 from ..shapes import Float
-from .frame import BLOCK, Force, FramedField, Problems, check_shapes, refuse_schedules
+from .frame import BLOCK
 from .landmarks import exact
-from .protocol import Drift, Mean, batch_mean
+from .protocol import Mean, batch_mean
 
 BLOCKS = 16
 """Into how many blocks a queue's window is divided; it holds between its window and 2 / BLOCKS more."""
-
-
-@dataclass(frozen=True)
-class PlacedField(FramedField):
-    """A framed field that says what problems are centred about, because it remembers something in the coordinates of the samples."""
-
-    def centre(self, problems: Problems) -> Float[Tensor, "#b 1 #d"]:
-        """[b, 1, d] or 0. Forces do not depend on it; near the samples the rounding error is smallest."""
-        return torch.cat([problems.negatives, problems.positives], dim=1).mean(dim=1, keepdim=True)
-
-    @torch.no_grad()
-    def drift(self, force: Force, by_rows: bool, x: Tensor, positives: Tensor, negatives: Tensor, *rest: Any) -> Drift:
-        positive_weights, negative_weights, own, mean = rest
-        check_shapes(x, positives, negatives, positive_weights, negative_weights, own)
-        refuse_schedules(self)
-        one: Any = lambda t: in_float(t[None] if x.ndim == 2 else t) if t is not None else None
-        with torch.autocast(x.device.type, enabled=False), exact_products():
-            problems = Problems(one(x), one(positives), one(negatives), one(positive_weights), one(negative_weights), own)
-            centre = self.centre(problems)
-            x_, positives_, negatives_ = (t - centre for t in (problems.x, problems.positives, problems.negatives))
-            centred = dataclasses.replace(problems, x=x_, positives=positives_, negatives=negatives_)
-            drift = self._drift(force, by_rows, centred, mean)
-        return dataclasses.replace(drift, velocity=drift.velocity[0]) if x.ndim == 2 else drift
 
 
 class Gaussian(NamedTuple):

@@ -33,9 +33,8 @@ from torch import Tensor
 from ..kernels import Kernel, Laplace, pairwise_distance
 from ..schedules import Schedule, Scheduled
 from ..shapes import Float
-from .frame import BLOCK, Problems, check_choice, positive
+from .frame import BLOCK, FramedField, Problems, check_choice, positive
 from .landmarks import AttractionSums, Place, Projection, distance, exact, project, projected
-from .moments import PlacedField
 from .protocol import Mean
 from .pulls import pulls
 from .situation import Situation
@@ -73,7 +72,7 @@ class Clamping:
 
 
 @dataclass(frozen=True)
-class NystromField(PlacedField):
+class NystromField(FramedField):
     """Attraction through landmarks less a mean shift of the negatives.
 
     Attributes:

@@ -52,16 +52,22 @@ def pulls(
         if bias_corrected:
             share = share * (1 + share - share.square().sum(-1, keepdim=True))
         shift = share @ targets - share.sum(-1, keepdim=True) * problems.x
-        found.append(Pull(shift, total - _others(problems, masses, own, distance).log()))
+        log_density = (total - _others(problems, masses, own, distance).log()).masked_fill(total.isneginf(), -torch.inf)
+        found.append(Pull(shift, log_density))
     return found[0], found[1]
 
 
 def _others(problems: Problems, masses: Tensor | None, own: bool, distance: Tensor) -> Float[Tensor, "b n 1"]:
-    """The mass that each query sees: of all targets but itself."""
+    """The mass that each query sees: of all targets but itself, added up without it, so that light others are not lost beside a heavy own one."""
     b, n, count = distance.shape
-    everyone = distance.new_full((b, 1, 1), float(count)) if masses is None else masses.sum(1)[:, None, None]
-    itself = distance.new_zeros(b, n, 1)
-    if own:
-        end = max(0, min(problems.own - problems.start, n))
-        itself[:, :end] = 1.0 if masses is None else masses[:, problems.start : problems.start + end, None]
-    return (everyone - itself).clamp(min=0)
+    end = max(0, min(problems.own - problems.start, n)) if own else 0
+    if masses is None:
+        seen = distance.new_full((b, n, 1), float(count))
+        seen[:, :end] -= 1
+        return seen
+    seen = masses.sum(1)[:, None, None].repeat(1, n, 1)
+    before, after = masses.cumsum(1), masses.flip(1).cumsum(1).flip(1)
+    nobody = masses.new_zeros(b, 1)
+    others = torch.cat([nobody, before[:, :-1]], dim=1) + torch.cat([after[:, 1:], nobody], dim=1)
+    seen[:, :end] = others[:, problems.start : problems.start + end, None]
+    return seen

@@ -59,7 +59,7 @@ def situated(field: Any, situation: Situation) -> Any:
         return field if all(new is old for new, old in zip(items, field, strict=True)) else items
     if not dataclasses.is_dataclass(field) or isinstance(field, type):
         return field
-    now = {entry.name: getattr(field, entry.name) for entry in dataclasses.fields(field)}
+    now = {entry.name: getattr(field, entry.name) for entry in dataclasses.fields(field) if entry.init}
     then = {name: situated(value, situation) for name, value in now.items()}
     if any(then[name] is not value for name, value in now.items()):
         field = dataclasses.replace(field, **then)
