@@ -2,10 +2,10 @@
 
     python examples/03_conditional_translation.py --output_dir outputs/translation
 
-There are no classes and no trainer here. Every condition has one real answer, but many are right. So no condition can be a problem of its own; instead
-the condition, weighted, is appended to the answer, and all pairs (answer, condition) of a batch form one problem. A generated pair then listens to
-real pairs whose conditions are near its own (a neighbourhood in key space, as in arXiv 2603.14056); the weight says how near, and the gradient
-reaches the answer alone, because nothing made the condition.
+There are no classes and no trainer here. Every condition has one real answer, but many are right. So no condition can be a problem of its
+own; instead the condition, weighted, is appended to the answer, and all pairs (answer, condition) of a batch form one problem. A
+generated pair then listens to real pairs whose conditions are near its own (a neighbourhood in key space, as in arXiv 2603.14056); the
+weight says how near, and the gradient reaches the answer alone, because nothing made the condition.
 """
 
 import argparse

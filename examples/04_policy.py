@@ -2,14 +2,15 @@
 
     python examples/04_policy.py --output_dir outputs/policy
 
-A pusher stands between a block and the block's goal, so it has to go around, left or right, and push from behind. The expert takes either way. A
-policy that regresses onto the expert's actions averages the two and heads for the block itself; one that is trained with the drift loss on raw actions
-takes one of the ways. There are no classes: an observation is a problem of its own, where a few drawn actions meet what the expert did from
-the nearest observations in its demonstrations (a neighbourhood in key space, as in arXiv 2603.14056). That is right where neighbours are near, as here;
-for conditions that are pictures see 03_conditional_translation.py.
+A pusher stands between a block and the block's goal, so it has to go around, left or right, and push from behind. The expert takes either
+way. A policy that regresses onto the expert's actions averages the two and heads for the block itself; one that is trained with the drift
+loss on raw actions takes one of the ways. There are no classes: an observation is a problem of its own, where a few drawn actions meet
+what the expert did from the nearest observations in its demonstrations (a neighbourhood in key space, as in arXiv 2603.14056). That is
+right where neighbours are near, as here; for conditions that are pictures see 03_conditional_translation.py.
 
-What to expect. The first actions follow the law of the expert's, as those of regression cannot. That does not win this small game: looking again
-after every four actions, regression finds its way out of the middle, and its mean is the steadier hand while there is but one thing to do.
+What to expect. The law of the first actions comes much nearer to the expert's than regression can. That does not win this small game:
+looking again after every four actions, regression finds its way out of the middle, and its mean is the steadier hand while there is but
+one thing to do.
 """
 
 import argparse
@@ -166,7 +167,7 @@ def draw(rollouts: dict[str, Tensor], file: Path) -> None:
             panel.plot(*run[:, :2].T.tolist(), color="#00798c", linewidth=0.8, alpha=0.6)
             panel.plot(*run[:, 2:].T.tolist(), color="#d1495b" if good else "0.6", linewidth=1.2, alpha=0.6)
         panel.add_patch(plt.Circle((0, 0), REACHED, color="#edae49", alpha=0.6, linewidth=0))
-        panel.add_patch(plt.Circle(states[0, 0, 2:].tolist(), CONTACT * 0.6, fill=False, color="#d1495b"))
+        panel.add_patch(plt.Circle((float(states[0, 0, 2]), float(states[0, 0, 3])), CONTACT * 0.6, fill=False, color="#d1495b"))
         panel.plot(*states[0, 0, :2].tolist(), "o", color="#00798c", markersize=5)
         panel.set(xlim=(-0.7, 1.5), ylim=(-1.1, 1.1), aspect="equal", xticks=[], yticks=[])
         panel.set_title(f"{name}: {there.float().mean():.0%}", fontsize=10, color="0.25")

@@ -2,10 +2,11 @@
 
     python examples/05_bring_your_own_features.py --output_dir outputs/own_features
 
-A feature map is any callable `samples -> {name: [n, locations, d]}` that is differentiable in the samples; the objective asks for nothing else. A
-waveform is an image of one row here. Two plucked strings with any phase are far apart sample by sample, so raw samples as features teach little about
-what is heard; spectra of several window lengths do not see the phase. Each of both trains the same generator; both are judged by windows of another
-length that neither has seen.
+A feature map is any callable `samples -> {name: [n, locations, d]}` that is differentiable in the samples; the objective asks for nothing
+else. A waveform is an image of one row here. Two plucked strings with any phase are far apart sample by sample, so raw samples as
+features teach little about what is heard; spectra of several window lengths do not see the phase. Each of both trains the same generator;
+both are judged by windows of another length that neither has seen. Nothing is free: what a feature does not see, here the law of the
+phase, it does not teach.
 """
 
 import argparse
@@ -47,9 +48,9 @@ class Spectra:
 
     windows = (32, 64, 128)
 
-    def __call__(self, waves: Tensor) -> dict[str, Tensor]:
-        found = {f"spectra_{window}": spectra(waves, window) for window in self.windows}
-        return found | {f"whole_{window}": values.flatten(1)[:, None] for window, values in found.items()} | self.raw(waves)
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        found = {f"spectra_{window}": spectra(images, window) for window in self.windows}
+        return found | {f"whole_{window}": values.flatten(1)[:, None] for window, values in found.items()} | self.raw(images)
 
     def raw(self, waves: Tensor) -> dict[str, Tensor]:
         """Short pieces of the wave itself: they see clicks and noise, which magnitudes forgive."""

@@ -125,4 +125,5 @@ def test_spectra_do_not_hear_the_phase_and_have_a_slope_at_silence():
     assert (tone(0.0) - tone(1.0)).norm() > 0.5 * tone(0.0).norm()
     silence = torch.zeros(1, 1, 1, own.LENGTH, requires_grad=True)
     sum(values.sum() for values in own.Spectra()(silence).values()).backward()
+    assert silence.grad is not None
     assert torch.isfinite(silence.grad).all()

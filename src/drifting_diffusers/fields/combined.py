@@ -1,10 +1,12 @@
 r"""Several fields at once, V = sum_i w_i V_i: a set of temperatures for a field that has one, mixtures of published fields.
 
-Each field normalises its own forces, so none drowns the others. Velocities are added in the coordinates of x: the fields of a sum should measure lengths in the
-same unit, or else weigh accordingly; unit and distance of the sum are those of the first field, and the strengths of all follow one another.
+Each field normalises its own forces, so none drowns the others. Velocities are added in the coordinates of x: the fields of a sum should
+measure lengths in the same unit, or else weigh accordingly; unit and distance of the sum are those of the first field, and the strengths
+of all follow one another.
 
-Known limits. Every field computes its own distances, so a sum of one-temperature fields costs as many times one field; where a field has a set
-of temperatures, as fields of `frame.FramedField` have, that set is the same and cheaper (a test says so). Antisymmetric if all its fields are.
+Known limits. Every field computes its own distances, so a sum of one-temperature fields costs as many times one field; where a field has
+a set of temperatures, as fields of `frame.FramedField` have, that set is the same and cheaper (a test says so). Antisymmetric if all its
+fields are.
 """
 
 import dataclasses

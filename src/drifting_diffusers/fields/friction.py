@@ -2,18 +2,19 @@ r"""Friction as read from the abstract of "DMF" (arXiv 2604.18194): velocities a
 
     V <- (1 - gamma_t) V,      gamma_t in [0, 1], linear in the step
 
-Why. Take two generated samples at +-a around one target and the Laplace kernel without any normalisation. The net pull of each towards the target is
+Why. Take two generated samples at +-a around one target and the Laplace kernel without any normalisation. The net pull of each towards
+the target is
 
     a exp(-a / tau) (1 - 2 exp(-a / tau)),
 
-which repels below a* = tau ln 2: the pair rests at a spurious distance instead of at the target. The abstract answers with a friction that grows linearly
-and bounds the error of a finite run. **The update rule and the ends of the schedule were not found**: the form above, from 0 to 1 over the run, and
-`inertial_step`, its form with a memory, are ours.
+which repels below a* = tau ln 2: the pair rests at a spurious distance instead of at the target. The abstract answers with a friction
+that grows linearly and bounds the error of a finite run. **The update rule and the ends of the schedule were not found**: the form above,
+from 0 to 1 over the run, and `inertial_step`, its form with a memory, are ours.
 
-Known limits. A factor common to all velocities moves no zero of the field: a* stays where it is, friction only decides how far a run gets on its way there. And
-in the regression it is a factor of the gradient alone: under plain gradient descent it is one of the learning rate, and Adam, which divides by the
-gradient's own size, hardly sees it as long as it changes slowly; schedule the learning rate there. It does change where it lengthens a step that is
-taken: particle flows, and `Lookahead(Friction(field, 0.5))`, whose places are closer together.
+Known limits. A factor common to all velocities moves no zero of the field: a* stays where it is, friction only decides how far a run gets
+on its way there. And in the regression it is a factor of the gradient alone: under plain gradient descent it is one of the learning rate,
+and Adam, which divides by the gradient's own size, hardly sees it as long as it changes slowly; schedule the learning rate there. It does
+change where it lengthens a step that is taken: particle flows, and `Lookahead(Friction(field, 0.5))`, whose places are closer together.
 """
 
 import dataclasses

@@ -1,29 +1,31 @@
-r"""Lookahead: the target of a step is made of where the samples will drift next, and after that ("Lookahead Drifting Model", arXiv 2605.04060).
+r"""Lookahead: the target of a step is made of where the samples will drift next, and after that ("Lookahead Drifting Model", arXiv
+2605.04060).
 
     f^0 = x,      f^{i+1} = f^i + step V_i,      V_i = V(f^i; p, q^i),      V = sum_{i=0..K} w_i V~_i
 
-q^i are the negatives with the own batch moved along to f^i; other negatives stay. It costs K more evaluations of the field and no further call of the
-generator. Read from the paper: the recursion, and that every V_i is scaled so that their magnitudes are comparable. Ours, because the source
-at hand does not say: that `terms` counts the *extra* terms (the paper's k = 1 may be this K = 1 or K = 0), that V~_i is V_i scaled to the rms of
-V_0 over all problems of the step, the weights 1 / (K + 1), and the default of `step`.
+q^i are the negatives with the own batch moved along to f^i; other negatives stay. It costs K more evaluations of the field and no further
+call of the generator. Read from the paper: the recursion, and that every V_i is scaled so that their magnitudes are comparable. Ours,
+because the source at hand does not say: that `terms` counts the *extra* terms (the paper's k = 1 may be this K = 1 or K = 0), that V~_i
+is V_i scaled to the rms of V_0 over all problems of the step, the weights 1 / (K + 1), and the default of `step`.
 
-**The step.** The recursion is written for a V that is a step to take. A field that divides its forces by their rms gives a V that never gets
-shorter: with t temperatures its rms is between sqrt(t) and t units, one to three mean distances of the batch, however near the data are. A whole step of
-that jumps over everything that there is to see ahead, for ever: small generators then stay far from the data (a test shows it). So, unless a number is
-given, no step is longer than the force was before its normalisation:
+**The step.** The recursion is written for a V that is a step to take. A field that divides its forces by their rms gives a V that never
+gets shorter: with t temperatures its rms is about sqrt(t) to t units, one to three mean distances of the batch, however near the data
+are. A whole step of that jumps over everything that there is to see ahead, for ever: small generators then stay far from the data (a test
+shows it). So, unless a number is given, no step is longer than the force was before its normalisation:
 
     step_i = min(1, u sum_tau rms(F_tau) / rms(V_i))
 
-which is 1 where forces are not normalised. With a step of 1, weights of 1 and no rescaling, x + V is exactly where K + 1 Euler steps on the same
-positives end.
+which is 1 where forces are not normalised. With a step of 1, weights of 1 and no rescaling, x + V is exactly where K + 1 Euler steps on
+the same positives end.
 
-**Several temperatures.** A step of their normalised sum has mostly the direction of the smallest temperatures, which near the data is noise, and looking ahead
-along it spoils a small generator (a test shows that too). Let every temperature look ahead by itself:
+**Several temperatures.** A step of their normalised sum has mostly the direction of the smallest temperatures, which near the data is
+noise, and looking ahead along it spoils a small generator (a test shows that too). Let every temperature look ahead by itself:
 
     temperature_set(Lookahead(DriftingField((0.2,))), (0.02, 0.05, 0.2))
 
-Known limits. Each term is antisymmetric at its place, V_i(f^i; p, q^i) = -V_i(f^i; q^i, p), and vanishes where both agree; the sum is not antisymmetric in
-(p, q), because the places depend on the sides. Rescaled, a term that has almost arrived counts as much as one that is far away.
+Known limits. Each term is antisymmetric at its place, V_i(f^i; p, q^i) = -V_i(f^i; q^i, p), and vanishes where both agree; the sum is not
+antisymmetric in (p, q), because the places depend on the sides. Rescaled, a term that has almost arrived counts as much as one that is
+far away.
 """
 
 import dataclasses
@@ -96,7 +98,7 @@ class Lookahead:
         own: int | None = None,
         mean: Mean = batch_mean,
     ) -> Drift:
-        """See `Field`. Beside the means of the inner evaluations one for every step whose length is not given, and one for rescaling."""
+        """See `Field`. Two means more than the field asks for: the length of every step that is not given, and the rescaling."""
         refuse_schedules(self)
         own = (x.shape[-2] if negatives is x else 0) if own is None else own
         parts = self._parts(positives, positive_weights)
