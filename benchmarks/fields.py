@@ -38,7 +38,7 @@ def tune_jobs(args: argparse.Namespace) -> Iterable[Job]:
                 yield (
                     f"{name}|{temperature:g}|{target}",
                     field_planes.train,
-                    {"text": text, "target": target, "seed": TUNING_SEED, "steps": args.steps},
+                    {"text": text, "target": target, "seed": TUNING_SEED, "steps": args.tuning_steps},
                 )
 
 
@@ -110,8 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs", help="where `page` writes")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800, help="of a plane")
-    parser.add_argument("--image_steps", type=int, default=400)
+    parser.add_argument("--tuning_steps", type=int, default=300, help="of a plane, while temperatures are chosen")
+    parser.add_argument("--steps", type=int, default=600, help="of a plane")
+    parser.add_argument("--image_steps", type=int, default=300)
     parser.add_argument("--targets", nargs="+", choices=field_planes.TARGETS, default=list(field_planes.TARGETS))
     parser.add_argument("--only", nargs="+", default=[], help="jobs whose key holds one of these words")
     args = parser.parse_args(argv)
