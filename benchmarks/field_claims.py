@@ -49,7 +49,7 @@ def slower(args: Any, plain: str, ahead: str) -> float:
 
 
 def jobs(args: Any) -> Iterable[tuple[str, Any, dict]]:
-    yield from annealing_jobs(getattr(args, "most", 1500))
+    yield from annealing_jobs(args.most)
     yield from class_jobs(args)
     yield from equal_time_jobs(args)
     for count in (512, 2048, 8192):

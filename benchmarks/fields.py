@@ -113,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tuning_steps", type=int, default=300, help="of a plane, while temperatures are chosen")
     parser.add_argument("--steps", type=int, default=600, help="of a plane")
     parser.add_argument("--image_steps", type=int, default=300)
+    parser.add_argument("--most", type=int, default=1500, help="particle steps in which a wave is resolved or not")
+    parser.add_argument("--size", type=int, default=8192, help="queries, positives and own negatives whose cost is taken")
     parser.add_argument("--targets", nargs="+", choices=field_planes.TARGETS, default=list(field_planes.TARGETS))
     parser.add_argument("--only", nargs="+", default=[], help="jobs whose key holds one of these words")
     args = parser.parse_args(argv)
