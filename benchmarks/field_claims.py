@@ -52,6 +52,7 @@ def jobs(args: Any) -> Iterable[tuple[str, Any, dict]]:
     yield from annealing_jobs(args.most)
     yield from class_jobs(args)
     yield from equal_time_jobs(args)
+    yield from sharp_jobs(args)
     for count in (512, 2048, 8192):
         yield f"landmarks|{count}", landmark_speed, {"count": count}
 
@@ -81,6 +82,16 @@ def equal_time_jobs(args: Any) -> Iterable[tuple[str, Any, dict]]:
     for target in args.targets:
         for seed in range(args.seeds):
             yield f"equal time|{target}|{seed}", field_planes.train, {"text": text, "target": target, "seed": seed, "steps": fewer}
+
+
+def sharp_jobs(args: Any) -> Iterable[tuple[str, Any, dict]]:
+    """The sharp field at the temperature of the mean shift, so that nothing but the normaliser differs."""
+    from fields import temperatures
+
+    text = rows()["sharp"].field(temperatures(args.output_dir).get("mean shift"))
+    for target in args.targets:
+        for seed in range(args.seeds):
+            yield f"sharp|{target}|{seed}", field_planes.train, {"text": text, "target": target, "seed": seed, "steps": args.steps}
 
 
 def landmark_speed(count: int, landmarks: int = 150, queries: int = 64, dimensions: int = 256, repeats: int = 7) -> dict:

@@ -135,6 +135,13 @@ def claim_tables(claims: Mapping[str, Any], planes: Mapping[str, Any], targets: 
                 ["lookahead, equal time", *[number(get(f"equal time|{t}", "energy")) for t in targets]],
             ],
         ),
+        "sharp": table(
+            ["energy distance", *targets],
+            [
+                ["mean shift", *[plain("mean shift", t) for t in targets]],
+                ["sharp, same temperature", *[number(get(f"sharp|{t}", "energy")) for t in targets]],
+            ],
+        ),
         "classes": table(
             ["no labels", "temperature", "classes of 10", "least share of a class", "energy"],
             [

@@ -25,7 +25,7 @@ noise, and looking ahead along it spoils a small generator (a test shows that to
 
 Known limits. Each term is antisymmetric at its place, V_i(f^i; p, q^i) = -V_i(f^i; q^i, p), and vanishes where both agree; the sum is not
 antisymmetric in (p, q), because the places depend on the sides. Rescaled, a term that has almost arrived counts as much as one that is
-far away.
+far away. From a far start, where all terms point the same way, nothing was gained.
 """
 
 import dataclasses
