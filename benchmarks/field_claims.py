@@ -44,7 +44,9 @@ def steps_to_resolve(frequency: int, annealed: bool, most: int) -> dict:
 def slower(args: Any, plain: str, ahead: str) -> float:
     """How many times longer a step on a plane takes with the second row than with the first."""
     lines = [json.loads(line) for line in (args.output_dir / "planes.jsonl").read_text().splitlines()]
-    of = lambda name: statistics.median(entry["ms_per_step"] for entry in lines if entry["key"].split("|")[0] == name)
+    of = lambda name: statistics.median(
+        entry["ms_per_step"] for entry in lines if entry["key"].split("|")[0] == name and "error" not in entry
+    )
     return of(ahead) / of(plain)
 
 

@@ -1,10 +1,12 @@
 """The quickstart's generator of Fashion-MNIST, trained for a few hundred steps with any field, from the same seeds, through `DriftingTrainer`."""
 
+import re
 import tempfile
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from field_rows import rows as all_rows
 
 from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingTrainer
 from drifting_diffusers.classifiers import SmallClassifier, kept_classifier
@@ -26,6 +28,8 @@ ROWS = {
     "score, annealed": "score(temperatures=(exponential(1.0, 0.2),))",
     "sharp": "sharp",
     "kernel gradient": "kernel_gradient",
+    "KL": "divergence",
+    "p/q": 'divergence(weighting="p/q")',
     "MMD": 'divergence(weighting="mmd")',
     "chi-square": 'divergence(weighting="q/p")',
     "Sinkhorn": "sinkhorn",
@@ -35,7 +39,12 @@ ROWS = {
     "lookahead": "combined((lookahead(drifting(temperatures=(0.02,))), lookahead(drifting(temperatures=(0.05,))), lookahead(drifting(temperatures=(0.2,)))))",
     "friction": "friction(drifting, linear(0.0, 0.9))",
 }
-"""Every field with its defaults; here nothing was tuned."""
+"""Every field with its defaults; here nothing was tuned. A field of `FIELDS` that no row names gets a row of its own."""
+
+
+def rows() -> dict[str, str]:
+    named = set(re.findall(r"\w+", " ".join(ROWS.values())))
+    return ROWS | {name: name for name, row in all_rows().items() if row.text == name and name not in named}
 
 
 def classifier(name: str, folder: Path) -> SmallClassifier:

@@ -109,6 +109,7 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
             [[name, *[number(row.get(what)) for what in ("energy", "accuracy", "classes", "spread", "ms_per_step")]] for name, row in images.items()]
             + [["*real*", *[number(next(iter(images.values()), {}).get(what)) for what in ("energy_real", "")], "10", number(next(iter(images.values()), {}).get("spread_real")), ""]],
         ),
+        "time": table(["ms per step", *targets], [[name, *[cell(name, t, "ms_per_step") for t in targets]] for name in names]),
         "cost": table(
             ["one call", "seconds", "MiB"],
             [[name, f"{row['seconds']:.1f}", f"{row['megabytes']:.0f}"] if "seconds" in row else [name, "-", "-"] for name, row in cost.items()],

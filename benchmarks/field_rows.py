@@ -42,6 +42,8 @@ ROWS: dict[str, Row] = {
     "score, annealed": Row("score(temperatures=(exponential(1.0, {t}),))"),
     "sharp": Row("sharp(temperatures=({t},))"),
     "kernel gradient": Row("kernel_gradient(temperatures=({t},))"),
+    "KL": Row("divergence(temperatures=({t},))"),
+    "p/q": Row('divergence(temperatures=({t},), weighting="p/q")'),
     "MMD": Row('divergence(temperatures=({t},), weighting="mmd")'),
     "chi-square": Row('divergence(temperatures=({t},), weighting="q/p")'),
     "Sinkhorn": Row("sinkhorn(temperatures=({t},))"),

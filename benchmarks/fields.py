@@ -9,6 +9,7 @@ and its pictures. Training is on one thread each; times are of a machine that ru
 
 import argparse
 import json
+import math
 import multiprocessing
 import platform
 import traceback
@@ -52,7 +53,7 @@ def plane_jobs(args: argparse.Namespace) -> Iterable[Job]:
 
 
 def image_jobs(args: argparse.Namespace) -> Iterable[Job]:
-    for name, text in field_images.ROWS.items():
+    for name, text in field_images.rows().items():
         for seed in range(args.seeds):
             more = {"text": text, "seed": seed, "steps": args.image_steps, "folder": args.output_dir / "images"}
             yield f"{name}|{seed}", field_images.train, more
@@ -63,7 +64,8 @@ def temperatures(folder: Path) -> dict[str, float]:
     found: dict[str, dict[float, list[float]]] = {}
     for result in read(folder / "tune.jsonl").values():
         name, temperature, _ = result["key"].split("|")
-        found.setdefault(name, {}).setdefault(float(temperature), []).append(max(result["energy"], 1e-9))
+        energy = result.get("energy", math.inf)  # a field that failed there is not taken there
+        found.setdefault(name, {}).setdefault(float(temperature), []).append(max(energy, 1e-9) if math.isfinite(energy) else math.inf)
     worth = lambda energies: float(torch.tensor(energies).log().mean())
     return {name: min(tried, key=lambda t: worth(tried[t])) for name, tried in found.items()}
 

@@ -294,6 +294,12 @@ class DriftingConfig(RunConfig):
                 "cache_features keeps features in a bank, and positives_from='dataset' has no bank: take positives_from='bank'"
             )
 
+    def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+        found = super().differences(other)
+        if self.max_steps != other.max_steps and _lasts_the_run(self.field):
+            found["max_steps"] = (self.max_steps, other.max_steps)
+        return found
+
     @classmethod
     def rules(cls) -> dict[str, Rule]:
         return RULES | GENERATOR_RULES
@@ -364,7 +370,19 @@ def _in_words(field: Any) -> str:
     """A field, or words for one, in the words that any other config has for it."""
     from .fields import read_field, spell  # torch, which a config without a field does without
 
-    return spell(read_field(field) if isinstance(field, str) else field)
+    if not isinstance(field, str) and not callable(field):
+        raise TypeError(f"field must be a field or its name, as in 'sinkhorn(temperatures=(0.05,))', got {type(field).__name__} {field!r}")
+    return spell(read_field(field if isinstance(field, str) else spell(field)))
+
+
+def _lasts_the_run(field: str | None) -> bool:
+    """Whether a schedule of the field takes its length from the run: then a longer run begins differently."""
+    if field is None:
+        return False
+    from .fields import Situation, read_field, situated
+
+    recipe = read_field(field)
+    return situated(recipe, Situation(1, 10)) != situated(recipe, Situation(1, 20))
 
 
 def learning_rate_at(step: int, config: RunConfig) -> float:

@@ -58,8 +58,8 @@ def drift_loss(
         own=x.shape[1],
         mean=mean,
     )
-    if not torch.isfinite(drift.distance).all():  # one number that every sample and weight has entered: a cheap test of all of them
-        raise NonFinite(_blame(drift.distance, {"generated": generated, "positives": positives, "negatives": negatives}, weights))
+    if not bool(torch.isfinite(drift.distance).all() & torch.isfinite(drift.velocity).all()):  # one wait for the device
+        raise NonFinite(_blame(drift, {"generated": generated, "positives": positives, "negatives": negatives}, weights, field))
     # x - sg(x) is exactly 0 and carries the gradient; x - sg(x + V) would cancel digits of V when x lies far from the origin.
     moved = generated - x
     unit = drift.unit if drift.unit.ndim == 0 else drift.unit[:, None, None]
@@ -112,8 +112,8 @@ def _check_masses(name: str, w: Tensor, points: Tensor | None) -> None:
         raise ValueError(f"{name} must be at least 0, got {w.min().item():g}; to push from a sample make it a negative instead")
 
 
-def _blame(distance: Tensor, samples: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> str:
-    """Why the mean distance is not finite."""
+def _blame(drift: Drift, samples: dict[str, Tensor | None], weights: dict[str, Tensor | None], field: Field) -> str:
+    """Why the mean distance or the velocity is not finite."""
     samples, weights = ({name: None if t is None else t.detach() for name, t in given.items()} for given in (samples, weights))
     for name, values in (samples | weights).items():
         if values is not None and not torch.isfinite(values).all():
@@ -122,7 +122,11 @@ def _blame(distance: Tensor, samples: dict[str, Tensor | None], weights: dict[st
     given = [(points, w) for points, w in zip(samples.values(), weights.values(), strict=True) if points is not None]
     masses = torch.cat([torch.ones_like(points[..., 0]) if w is None else w for points, w in given], dim=1)
     empty = (masses == 0).all(dim=1)
-    if empty.all() or (distance.ndim and empty.any()):  # one mean for all problems, or one for each
+    if empty.all() or (drift.distance.ndim and empty.any()):  # one mean for all problems, or one for each
         return f"all masses are 0 in problems {empty.nonzero().flatten().tolist()}, so there is no mean distance; give at least one sample a mass above 0"
     largest = max(float(points.abs().max()) for points, _ in given if points.numel())
+    if largest < 1e17:
+        massless = [name for name, w in weights.items() if w is not None and bool((w == 0).all(dim=1).any())]
+        why = f"; in some problem all {' and all '.join(massless)} are 0, and this field needs mass on every side" if massless else ""
+        return f"the velocity of {type(field).__name__} is not finite, though all samples and masses are{why}"
     return f"squared distances overflow float32: the largest value is {largest:g}, at most about 1e18 is possible; scale the features down"

@@ -3,7 +3,7 @@ r"""The training objective: images -> features -> field -> loss. One drift loss 
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,36 @@ class DriftingObjective:
         return {"memories": [memory.state_dict() for memory in memories(self.field)]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for memory, there in zip(memories(self.field), state["memories"], strict=True):
+        mine = list(memories(self.field))
+        if len(mine) != len(state["memories"]):
+            raise ValueError(
+                f"the checkpoint holds {len(state['memories'])} memories of a field, and this field has {len(mine)}; take the field of that run"
+            )
+        for memory, there in zip(mine, state["memories"], strict=True):
             memory.load_state_dict(there)
+
+    def try_field(self, generated: int, positives: int, unconditional: int) -> None:
+        """Call the field once with as many samples per label as a step has, so that what it refuses is refused before any work.
+
+        Raises:
+            ValueError: with what the field said.
+        """
+        rng = torch.Generator().manual_seed(0)
+        x, real, others = (torch.randn(2, n, 4, generator=rng) for n in (generated, positives, unconditional))
+        field = situated(copy.deepcopy(self.field), Situation(0, 1))
+        try:
+            drift_loss(x, real, others if unconditional else None, field=field)
+        except Exception as error:
+            raise ValueError(
+                f"the field cannot be called with {generated} generated, {positives} real and {unconditional} unconditional samples per label: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    @property
+    def clamped(self) -> dict[str, float]:
+        """What fields count of queries that they could not serve as they should, as shares; see `NystromField.report`."""
+        shares = [part.report.share for part in _inner(self.field) if hasattr(part, "report")]
+        return {"clamped": max(shares)} if shares else {}
 
     @property
     def observers(self) -> list[Observer]:
@@ -171,6 +199,7 @@ class DriftingObjective:
             NonFinite: with the name of the first feature that holds NaN or infinite values.
         """
         total, measured = torch.zeros((), device=next(iter(generated.values())).device), {}
+        failed: NonFinite | None = None
         for name, values in generated.items():
             others, weights = negatives.get(name), None
             if others is not None and negative_weights is not None:
@@ -179,11 +208,14 @@ class DriftingObjective:
             field = situated(self.field, dataclasses.replace(situation, feature=name))
             try:
                 loss, drift = drift_loss(values, positives[name], others, negative_weights=weights, field=field, mean=mean)
-            except NonFinite as error:
-                raise NonFinite(f"feature {name!r}: {error}") from error
+            except NonFinite as error:  # raised in the end: every process asks for as many means, whatever it meets
+                failed = failed or NonFinite(f"feature {name!r}: {error}")
+                continue
             loss = loss.mean()
             total = total + loss
             measured[name] = Measured(loss.detach(), drift.distance, drift.strength)
+        if failed is not None:
+            raise failed
         return total, measured
 
     def slopes(
@@ -203,15 +235,22 @@ class DriftingObjective:
         time; mappings that can are emptied on the way, so that features and slopes are not in memory together.
         """
         found, measured, total = {}, {}, torch.zeros(())
+        failed: NonFinite | None = None
         for name in list(generated):
             one = lambda mapping, name=name: (
                 {name: mapping.pop(name) if isinstance(mapping, dict) else mapping[name]} if name in mapping else {}
             )
             with torch.enable_grad():
                 leaf = {name: one(generated)[name].detach().requires_grad_()}
-                loss, seen = self.compare(leaf, one(positives), one(negatives), negative_weights, mean=mean, situation=situation)
+                try:
+                    loss, seen = self.compare(leaf, one(positives), one(negatives), negative_weights, mean=mean, situation=situation)
+                except NonFinite as error:  # as in `compare`
+                    failed = failed or error
+                    continue
                 found[name] = torch.autograd.grad(loss, leaf[name])[0]
             total, measured = total.to(loss.device) + loss.detach(), measured | seen
+        if failed is not None:
+            raise failed
         return found, total, measured
 
     def steep(
@@ -250,6 +289,17 @@ class DriftingObjective:
         return {name: part.unflatten(1, shape) for (name, shape), part in zip(self._packed.items(), parts, strict=True)}
 
 
+def _inner(field: Any) -> Iterator[Any]:
+    """A field and the fields within it."""
+    if isinstance(field, tuple):
+        for item in field:
+            yield from _inner(item)
+    elif dataclasses.is_dataclass(field) and not isinstance(field, type):
+        yield field
+        for entry in dataclasses.fields(field):
+            yield from _inner(getattr(field, entry.name))
+
+
 def described(value: Any) -> Any:
     """A choice as JSON: dataclasses by their fields, functions by their names, modules by their structure and a few of their weights."""
     if dataclasses.is_dataclass(value):
@@ -263,6 +313,9 @@ def described(value: Any) -> Any:
         return {"module": repr(value), "weights": digest.hexdigest()[:16]}
     if isinstance(value, tuple | list):
         return [described(item) for item in value]
+    if callable(value) and not isinstance(value, type) and not hasattr(value, "__qualname__"):  # an object of the user's own
+        plain = {key: item for key, item in vars(value).items() if isinstance(item, bool | int | float | str | tuple | list | None)}
+        return {"class": type(value).__qualname__} | {key: described(item) for key, item in plain.items()}
     if callable(value):
         owner = getattr(value, "__self__", None)
         name = getattr(value, "__qualname__", type(value).__qualname__)

@@ -81,6 +81,7 @@ class DriftingTrainer(TrainingLoop):
         self.about: dict[str, Any] = {}  # what else a card should say: dataset, license, base_model
         self._model_config = generator.config
         _check_generator(generator, config)
+        objective.try_field(config.generated_per_label, config.positives_per_label, config.unconditional_per_label)
         self.slots = self._share("labels_per_step")
         self.samples_per_step = config.labels_per_step * config.generated_per_label
         held_out = cast(Any, train_dataset if eval_dataset is None else eval_dataset)
@@ -311,7 +312,7 @@ class DriftingTrainer(TrainingLoop):
 
     def _scalars(self, outcome: dict[str, Any]) -> dict[str, float]:
         """`strength/pixels/0`, the first temperature's, and so on."""
-        found = {name: float(outcome[name]) for name in ("learning_rate", "grad_norm", "loss")}
+        found = {name: float(outcome[name]) for name in ("learning_rate", "grad_norm", "loss")} | self.objective.clamped
         for name, measured in outcome["features"].items():
             found[f"distance/{name}"] = float(measured.distance.mean())
             strengths = measured.strength.flatten(1).mean(1) if measured.strength.ndim > 1 else measured.strength
