@@ -70,7 +70,7 @@ def test_a_policy_runs_in_a_closed_loop(tmp_path):
     sizes = ["--steps", "40", "--episodes", "100", "--observations", "1000", "--rollouts", "100"]
     table = policy.main(["--output_dir", str(tmp_path), *sizes])
     assert list(table) == ["expert", "regression", "drifting"]
-    assert table["expert"][1] == 1
+    assert table["expert"][1:] == (1, 0)
     assert table["expert"][0] < 0.05 < min(table["regression"][0], table["drifting"][0])  # so short a training cannot do it
     assert is_picture(tmp_path / "policy.png")
 
@@ -87,6 +87,19 @@ def test_the_expert_takes_either_way_and_their_mean_is_none():
     assert ((mean * towards).sum(1).abs() > 0.99).float().mean() > 0.9  # along the line to it
     assert policy.reached(policy.expert_rollout(state, generator)).all()
     assert not policy.reached(state[:, None]).any()
+
+
+def test_a_push_the_wrong_way_loses_the_block_for_good():
+    """Straight on, the direction of the mean of the two ways, every block falls; then not even the expert, from behind, brings it back."""
+    policy = example("04_policy")
+    state = policy.starts(100, torch.Generator().manual_seed(0))
+    assert not policy.fallen(state).any()
+    for _ in range(20):
+        state = policy.move(state, torch.nn.functional.normalize(state[:, 2:] - state[:, :2], dim=1))
+    assert policy.fallen(state).all()
+    late = policy.expert_rollout(torch.cat([2 * state[:, 2:], state[:, 2:]], dim=1), torch.Generator().manual_seed(1))
+    assert_close(late[..., 2:], state[:, None, 2:].expand(-1, late.shape[1], -1))
+    assert not policy.reached(late).any()
 
 
 def test_the_world_of_the_policy_turns_with_its_frame():
