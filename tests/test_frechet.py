@@ -353,6 +353,19 @@ def test_features_have_memories_of_their_own_and_a_field_of_the_step_has_none():
     assert not plain.memory.state_dict()
 
 
+def test_a_field_made_by_replace_shares_the_memory():
+    """So of a queue it would go on from other sums than those of an average; with a memory of its own it does not."""
+    (x, p, _), (other, real, _) = drawn(2)
+    queue = FrechetField(moments="queue")
+    velocity(queue, other, real, other)
+    shared = dataclasses.replace(queue, moments="average")
+    apart = dataclasses.replace(queue, moments="average", memory=Moments())
+    expected = velocity(FrechetField(moments="average"), x, p, x)
+    assert shared.memory is queue.memory
+    assert_close(velocity(apart, x, p, x), expected)
+    assert (velocity(shared, x, p, x) - expected).norm() > 0.1 * expected.norm()
+
+
 def test_moved_problems_have_their_own_moments():
     """What a wrapper of forces does: the first step carries the samples onto the data, so the second has nowhere to go."""
     x, p, _ = clouds()
@@ -403,6 +416,10 @@ def test_the_text_form_has_the_choices_and_not_the_memory():
         ({"window": 5e4}, "window must be a whole number of samples, at least 1, got 50000.0"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
         ({"ridge": 0.0}, "ridge must be finite and above 0, got 0.0"),
+        ({"window": 7}, "window has no effect with moments='batch', got 7; take moments='queue', or leave window at 50000"),
+        ({"window": 7, "moments": "average"}, "window has no effect with moments='average', got 7"),
+        ({"decay": 0.1}, "decay has no effect with moments='batch', got 0.1; take moments='average', or leave decay at 0.999"),
+        ({"decay": 0.1, "moments": "queue"}, "decay has no effect with moments='queue', got 0.1"),
     ],
 )
 def test_choices_that_mean_nothing_are_refused(changes, message):

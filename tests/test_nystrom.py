@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drifting_diffusers.fields import MeanShiftField, Observer, Situation, memories, read_field, situated, spell
-from drifting_diffusers.fields.landmarks import AttractionSums
+from drifting_diffusers.fields.frame import Problems
+from drifting_diffusers.fields.landmarks import AttractionSums, Projection, _Class, inverse
 from drifting_diffusers.fields.nystrom import NystromField
 from drifting_diffusers.kernels import Gaussian, Laplace
 from drifting_diffusers.losses import NonFinite, drift_loss
@@ -368,6 +370,130 @@ def test_what_is_not_finite_is_noticed_though_the_length_is_known():
     x[1, 2, 0] = torch.nan
     with pytest.raises(NonFinite, match="generated holds 1 NaN"):
         drift_loss(x, torch.zeros_like(x), field=field)
+
+
+def poisoned(values: Tensor, bad: float) -> Tensor:
+    """The last of the entries of the first problem."""
+    values = values.clone()
+    values[0].view(-1)[-1] = bad
+    return values
+
+
+NAMES = ("generated", "positives", "negatives", "generated_weights", "positive_weights", "negative_weights")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options", [{}, {"repulsion": "nystrom"}, {"grouping": "problem"}, {"landmarks": 3}], ids=str)
+def test_what_is_not_finite_is_said_and_stops_no_factorisation(options, name, bad):
+    """Whether a landmark is bad or another sample."""
+    x, p, q = clouds(sizes=(6, 8, 5))
+    given = dict(zip(NAMES, (x, p, q, *(torch.ones(t.shape[:2], dtype=F64) for t in (x, p, q))), strict=True))
+    drift_loss(**given, field=NystromField(**options))
+    for flip in (False, True):
+        one = poisoned(given[name], bad)
+        with pytest.raises(NonFinite, match=f"{name} holds 1 NaN or infinite values"):
+            drift_loss(**(given | {name: one.flip(1) if flip else one}), field=NystromField(**options))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("repulsion", ["exact", "nystrom"])
+def test_what_is_not_finite_is_said_by_a_field_of_the_dataset_too(repulsion, bad):
+    """All but positives, which it does not look at."""
+    values, labels = dataset()
+    field = filled(NystromField((0.5,), sums="dataset", landmarks=10, repulsion=repulsion), values, labels)
+    field = situated(field, Situation(feature="map", labels=torch.tensor([0])))
+    x, p, q = clouds(sizes=(6, 8, 5))
+    given = dict(zip(NAMES, (x, p, q, *(torch.ones(t.shape[:2], dtype=F64) for t in (x, p, q))), strict=True))
+    for name in ("generated", "negatives", "generated_weights", "negative_weights"):
+        with pytest.raises(NonFinite, match=f"{name} holds 1 NaN or infinite values"):
+            drift_loss(**(given | {name: poisoned(given[name], bad)}), field=field)
+    expected = drift_loss(**given, field=field)[0]
+    assert_close(drift_loss(**(given | {"positives": poisoned(p, bad)}), field=field)[0], expected, rtol=0, atol=0)
+
+
+def test_a_problem_without_mass_is_not_a_number_and_the_other_is_as_it_was():
+    x, p, q = clouds()
+    field, w = NystromField((0.5,), landmarks=10, grouping="problem"), torch.ones(2, 40, dtype=F64)
+    v = torch.ones(2, 24, dtype=F64)
+    expected = field(x, positives=p, negatives=q, positive_weights=w, negative_weights=v)
+    w[0], v[0] = 0, 0
+    found = field(x, positives=p, negatives=q, positive_weights=w, negative_weights=v)
+    assert found.distance.isnan().tolist() == [True, False]
+    assert_close(found.velocity[1], expected.velocity[1])
+
+
+def test_the_inverse_of_what_is_not_finite_is_nan():
+    w = torch.eye(3, dtype=F64).repeat(3, 1, 1)
+    w[0, 1, 2], w[2, 0, 0] = torch.nan, torch.inf
+    found = inverse(w, 1e-4)
+    assert found.isnan().flatten(1).all(1).tolist() == [True, False, True]
+    assert_close(found[1], torch.eye(3, dtype=F64) / (1 + 1e-4))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the tensors that go from the CPU to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = [value for value in args if isinstance(value, Tensor)]
+        away = isinstance(found, Tensor) and found.device.type != "cpu"
+        self.count += away and any(value.device.type == "cpu" for value in given)
+        return found
+
+
+def resumed(repulsion: str) -> NystromField:
+    """The sums of two classes at two locations, all of them on the CPU as after a resume."""
+    values, labels = dataset(per_class=(20, 20))
+    field, again = (NystromField((0.5, 1.0), sums="dataset", landmarks=10, repulsion=repulsion) for _ in range(2))
+    again.memory.load_state_dict(filled(field, values, labels).memory.state_dict())
+    return again
+
+
+@pytest.mark.parametrize("repulsion", ["exact", "nystrom"])
+def test_sums_move_to_the_device_of_the_first_query_once(repulsion):
+    """After that two of everything a step: nothing but the indices of the classes goes there, however many temperatures and blocks."""
+    field, x = resumed(repulsion), torch.empty(4, 6, 3, device="meta")
+    situation, copies = Situation(feature="map", labels=torch.arange(2)), []
+    for _ in range(3):
+        place = situated(field, situation).place
+        with Copies() as seen:
+            assert {place.centre(x).device.type, place.length(x).device.type} == {"meta"}
+            for t in (0, 1):
+                for part in (slice(0, 2), slice(2, 4)):
+                    assert {values.device.type for values in place.projection(t, x, part)} == {"meta"}
+        copies.append(seen.count)
+    assert copies == [2 * len(Projection._fields) + 3, 1, 1]
+
+
+def test_a_field_of_the_dataset_runs_where_the_queries_are():
+    """With no tensor of another device, be it the first that looks or not."""
+    x, on_cpu = torch.empty(4, 6, 3, device="meta"), torch.zeros(4, 6, 3)
+    for first in (x, on_cpu):
+        place = situated(resumed("nystrom"), Situation(feature="map", labels=torch.arange(2))).place
+        place.projection(0, first, slice(0, 4))
+        assert {values.device.type for values in place.projection(1, x, slice(0, 4))} == {"meta"}
+        assert place.centre(x).device.type == place.length(x).device.type == "meta"
+    field = situated(resumed("nystrom"), Situation(feature="map", labels=torch.arange(2)))
+    assert field.force(Problems(x, x, x, None, None, 6), 1.0).device.type == "meta"
+
+
+def test_what_a_checkpoint_brought_back_meets_what_is_observed_elsewhere(monkeypatch):
+    """It is on the CPU, be it samples that wait or sums of classes of which nothing more came."""
+    some = torch.zeros(3, 2, 3, dtype=F64)
+    one = _Class()
+    one.pending = [some, some.to("meta")]
+    assert (one.waiting.device.type, one.waiting.shape) == ("meta", (6, 2, 3))
+    memory = resumed("nystrom").memory
+    memory._classes["map"][0].to(torch.device("meta"))
+    monkeypatch.setattr(_Class, "to", lambda self, device: None)  # nothing comes back from there
+    ready = memory._finish("map")
+    assert {values.device.type for projection in ready.projections for values in projection} == {"meta"}
+    assert ready.centre.device.type == ready.length.device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drifting_diffusers import transport
 from drifting_diffusers.couplings import row_softmax
@@ -370,6 +371,43 @@ def test_masses_of_own_samples_are_masses_of_queries(own_term):
     twice = velocity(plain(0.3, own_term=own_term), x[:, order], p, x[:, order], own=18)
     once = velocity(plain(0.3, own_term=own_term), x, p, x, negative_weights=weights, own=16)
     assert (float((twice - once[:, order]).norm() / twice.norm()) > 1e-3) == (own_term == "masked")
+
+
+class Devices(TorchDispatchMode):
+    """Where tensors are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.seen |= {value.device.type for value in (found if isinstance(found, tuple | list) else [found]) if isinstance(value, Tensor)}
+        return found
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_halves_need_nothing_from_another_device(weighted):
+    """An index made on the CPU would be waited for, for every temperature and feature."""
+    x, p, q = (t.to("meta") for t in clouds(0))
+    w = torch.ones(2, 40, device="meta", dtype=F64) if weighted else None
+    problems = frame.Problems(x, p, torch.cat([x, q], dim=1), None, w, 16)
+    with Devices() as devices:
+        batches = SinkhornField()._batches(problems)
+    assert devices.seen == {"meta"}
+    assert [batch.negatives.shape for batch in batches] == [(2, 8 + 24, 3)] * 2
+
+
+def test_halves_are_one_half_and_the_negatives_of_the_other_and_what_is_not_own():
+    x, p, q = clouds(0)
+    w = masses(1, 2, 40)
+    first, second = SinkhornField()._batches(frame.Problems(x, p, torch.cat([x, q], dim=1), None, w, 16))
+    for batch, mine, other in ((first, slice(0, 8), slice(8, 16)), (second, slice(8, 16), slice(0, 8))):
+        assert_close(batch.x, x[:, mine], rtol=0, atol=0)
+        assert_close(batch.negatives, torch.cat([x[:, other], q], dim=1), rtol=0, atol=0)
+        assert_close(batch.masses, w[:, mine], rtol=0, atol=0)
+        assert_close(batch.negative_masses[:, :8], w[:, other], rtol=0, atol=0)
+        assert_close(batch.negative_masses[:, 8:], w[:, 16:] * (w[:, other].sum(1) / (w[:, :16].sum(1) * 15 / 16))[:, None])
 
 
 def test_two_generated_samples_see_each_other():

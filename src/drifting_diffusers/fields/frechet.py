@@ -19,6 +19,7 @@ every call is one step of it, and one whose sums are not finite is not remembere
 With fewer samples than dimensions, or a collapsed generator, S_g has no inverse: `ridge` times the mean eigenvalue of both sides is added to both, so
 equal samples still rest, and no direction is widened more than about sqrt(2 / ridge) times at once. Matrices are float64, and on a device without it
 (MPS) they are on the CPU: two eigenvalue problems of d x d per call, half a minute for d = 2048 on one core. Take it for pooled features, d <= 2048.
+A device is waited for by both eigenvalue problems, and twice more with a memory: whether the sums are finite, and how many samples they are of.
 
 Known limits. Only two moments are seen: V is 0 between any two distributions that share them. With moments of one class per step pooled, it is the
 class mixture that is matched. Moments of the step are biased by about d / n: more samples than dimensions, or a memory.
@@ -46,12 +47,13 @@ class FrechetField(FramedField):
 
     Attributes:
         moments: whether both sides' moments are those of the step (`batch`), of the last steps (`queue`), or averaged over all (`average`).
-        window: how many generated samples a queue holds at least, over all processes; the paper's is 50000.
-        decay: of the average, per step, in [0, 1); the paper's is 0.999.
+        window: how many generated samples a queue holds at least, over all processes; the paper's is 50000. To be chosen with `queue` alone.
+        decay: of the average, per step, in [0, 1); the paper's is 0.999. To be chosen with `average` alone.
         ridge: added to both covariances, in mean eigenvalues of the two.
         grouping: whether the problems of a step are pooled (the unconditional distance), or each has moments of its own; a memory needs the first.
         temperatures: there is one force and it has no width; not to be chosen.
-        memory: the moments so far, by feature.
+        memory: the moments so far, by feature. A field made by `dataclasses.replace` shares it, and would take a queue for an average: to change `moments`,
+            make a new field, or give `memory=Moments()`.
         feature: whose moments they are; see `within`.
     """
 
@@ -77,6 +79,12 @@ class FrechetField(FramedField):
             raise ValueError(f"decay must lie in [0, 1), got {self.decay!r}; the paper has 0.999")
         if not positive(self.ridge):
             raise ValueError(f"ridge must be finite and above 0, got {self.ridge!r}: a covariance of few samples has no inverse; take 1e-6")
+        for name, moments in (("window", "queue"), ("decay", "average")):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.moments != moments and value != default:
+                raise ValueError(
+                    f"{name} has no effect with moments={self.moments!r}, got {value!r}; take moments={moments!r}, or leave {name} at {default}"
+                )
 
     def within(self, situation: Situation) -> "FrechetField":
         """The field that remembers the moments of this feature."""

@@ -54,9 +54,10 @@ def kernel_matrix(kernel: Kernel, temperature: float, x: Float[Tensor, "*b n d"]
 
 
 def inverse(w: Float[Tensor, "*b k k"], ridge: float) -> Float[Tensor, "*b k k"]:
-    """(W + ridge)^-1 = A A by eigenvalues, none of them below `LEAST_EIGENVALUE`."""
-    values, vectors = torch.linalg.eigh(w + ridge * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device))
-    return (vectors / values.clamp(min=LEAST_EIGENVALUE)[..., None, :]) @ vectors.mT
+    """(W + ridge)^-1 = A A by eigenvalues, none of them below `LEAST_EIGENVALUE`. Of a matrix that is not finite it is NaN."""
+    finite = w.isfinite().all(-1).all(-1)[..., None, None]  # eigh would stop the run; NaN is for the loss to notice
+    values, vectors = torch.linalg.eigh(w.where(finite, 0.0) + ridge * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device))
+    return ((vectors / values.clamp(min=LEAST_EIGENVALUE)[..., None, :]) @ vectors.mT).where(finite, torch.nan)
 
 
 def project(
@@ -109,9 +110,14 @@ class _Class:
     def chosen(self) -> bool:
         return "points" in self.__dict__
 
+    @property
+    def waiting(self) -> Tensor:
+        """All that is pending, where the last of it is: what a checkpoint brought back is on the CPU."""
+        return torch.cat([some.to(self.pending[-1].device) for some in self.pending])
+
     def state(self) -> dict[str, Tensor]:
         if not self.chosen:
-            return {"pending": torch.cat(self.pending).cpu()}
+            return {"pending": self.waiting.cpu()}
         return {name: getattr(self, name).cpu() for name in self.NAMES}
 
     def to(self, device: torch.device) -> None:
@@ -124,8 +130,8 @@ class AttractionSums:
     Landmarks are the first samples of a class, so show the data in random order. A class with fewer samples has them all as landmarks. Widths are
     temperatures times the mean distance of two different landmarks of the class, over all of its locations: one number per (feature, class).
 
-    Per feature and class it holds l M d (1 + t) numbers of 8 bytes, l locations and t temperatures, once more in half the size while it is used, and
-    l M^2 with `projected`; the first part is in every checkpoint.
+    Per feature and class it holds l M d (1 + t) numbers of 8 bytes, l locations and t temperatures: they are in every checkpoint, and on the CPU as soon
+    as the sums are used. Those that are used are 2 t l M d more, and t l M^2 with `projected`, on the device of the first queries.
 
     Args:
         landmarks: M, at most, per class.
@@ -151,7 +157,7 @@ class AttractionSums:
         self.landmarks, self.temperatures, self.kernel, self.ridge = landmarks, tuple(temperatures), kernel, ridge
         self.normalised, self.least_length, self.projected = normalised, least_length, projected
         self._classes: dict[str, dict[int, _Class]] = {}
-        self._ready: dict[str, tuple[dict[int, int], list[Projection], Tensor, Tensor]] = {}
+        self._ready: dict[str, Ready] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -191,7 +197,7 @@ class AttractionSums:
 
     def _choose(self, feature: str, label: int, one: _Class) -> None:
         """The first samples become landmarks; the sums begin with all that waited for them."""
-        waiting = torch.cat(one.pending)
+        waiting = one.waiting
         points = waiting[: self.landmarks].transpose(0, 1)  # (l, k, d)
         count = points.shape[1]
         centre = points.mean(dim=1, keepdim=True)
@@ -302,27 +308,26 @@ class AttractionSums:
         """
         if feature not in self._ready:
             self._ready[feature] = self._finish(feature)
-        rows, projections, centre, length = self._ready[feature]
+        ready = self._ready[feature]
         wanted = [0] if labels is None else labels.tolist()
-        missing = sorted({label for label in wanted if label not in rows})
+        missing = sorted({label for label in wanted if label not in ready.rows})
         if missing:
-            raise ValueError(f"no real sample of classes {missing} was observed for feature {feature!r}; there are {sorted(rows)}")
-        return Place(torch.tensor([rows[label] for label in wanted]), labels is not None, projections, centre, length)
+            raise ValueError(f"no real sample of classes {missing} was observed for feature {feature!r}; there are {sorted(ready.rows)}")
+        return Place(torch.tensor([ready.rows[label] for label in wanted]), labels is not None, ready)
 
-    def _finish(self, feature: str) -> tuple[dict[int, int], list[Projection], Tensor, Tensor]:
-        """All classes of a feature side by side, [c, l, ...], one projection per temperature."""
+    def _finish(self, feature: str) -> "Ready":
         classes = self._classes[feature]
         for label, one in classes.items():
             if not one.chosen:
                 self._choose(feature, label, one)
         most = max(one.points.shape[1] for one in classes.values())
         found = [[self._project(one, t, most) for one in classes.values()] for t in range(len(self.temperatures))]
-        projections = [Projection(*(torch.stack(parts) for parts in zip(*one, strict=True))) for one in found]
-        centre = torch.stack([one.centre for one in classes.values()]).to(projections[0].points.device)
-        length = torch.stack([one.length for one in classes.values()]).to(centre.device)
+        beside = lambda parts: torch.stack([part.to(parts[0].device) for part in parts])  # some may be of a checkpoint, on the CPU
+        projections = [Projection(*map(beside, zip(*one, strict=True))) for one in found]
+        centre, length = (beside([getattr(one, name) for one in classes.values()]) for name in ("centre", "length"))
         for one in classes.values():
             one.to(torch.device("cpu"))  # from here on for checkpoints and other shards alone
-        return {label: row for row, label in enumerate(classes)}, projections, centre, length
+        return Ready({label: row for row, label in enumerate(classes)}, projections, centre, length)
 
     def _project(self, one: _Class, t: int, most: int) -> Projection:
         """Of one class, [l, ...], with absent landmarks at the end."""
@@ -336,39 +341,60 @@ class AttractionSums:
         return Projection(wide(one.points), present, wide(mass)[..., 0], wide(moment), kept)
 
 
+class Ready:
+    """All classes of a feature side by side, [c, l, ...], with one projection per temperature, and the row of every class."""
+
+    def __init__(self, rows: dict[int, int], projections: list[Projection], centre: Tensor, length: Tensor):
+        self.rows, self.projections, self.centre, self.length = rows, projections, centre, length
+        self._settled = False
+
+    def near(self, device: torch.device) -> "Ready":
+        """On the device of the first queries, moved once: after a resume all is on the CPU. It stays there for MPS, which has no float64."""
+        if not self._settled and device.type != "mps":
+            self.projections = [Projection(*(values.to(device) for values in one)) for one in self.projections]
+            self.centre, self.length, self._settled = self.centre.to(device), self.length.to(device), True
+        return self
+
+
 class Place:
     """The sums that the problems (label, location) of one call look at, labels first."""
 
-    def __init__(self, rows: Tensor, labelled: bool, projections: list[Projection], centre: Tensor, length: Tensor):
-        self.rows, self.labelled, self.projections, self._centre, self._length = rows, labelled, projections, centre, length
+    def __init__(self, rows: Tensor, labelled: bool, ready: Ready):
+        self.rows, self.labelled, self._ready = rows, labelled, ready
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
-    def problems(self, b: int) -> tuple[Tensor, Tensor]:
-        """Class row and location of each of b problems.
+    def problems(self, b: int, device: torch.device) -> Tensor:
+        """Class row and location of each of b problems, [2, b]. Copied to a device once, because every copy waits for it.
 
         Raises:
             ValueError: if b is not labels times locations.
         """
-        locations = self._centre.shape[1]
+        if (b, device) in self._indices:
+            return self._indices[b, device]
+        locations = self._ready.centre.shape[1]
         rows = self.rows if self.labelled else self.rows.expand(max(1, b // locations))
         if len(rows) * locations != b:
             raise ValueError(
                 f"{b} problems cannot be {len(rows)} labels at the {locations} locations that were observed; say the labels of the step"
             )
-        return rows.repeat_interleave(locations), torch.arange(locations).repeat(len(rows))
+        found = torch.stack([rows.repeat_interleave(locations), torch.arange(locations).repeat(len(rows))])
+        return self._indices.setdefault((b, device), found.to(device))
 
     def _gather(self, values: Tensor, part: slice, b: int) -> Tensor:
-        rows, locations = (index[part].to(values.device) for index in self.problems(b))
+        rows, locations = self.problems(b, values.device)[:, part]
         return values[rows, locations]
 
     def centre(self, like: Float[Tensor, "b n d"]) -> Float[Tensor, "b 1 d"]:
-        return self._gather(self._centre, slice(None), len(like)).to(like)
+        return self._gather(self._ready.near(like.device).centre, slice(None), len(like)).to(like)
 
     def length(self, like: Float[Tensor, "b n d"]) -> Float[Tensor, " b"]:
-        return self._length[self.problems(len(like))[0].to(self._length.device)].to(like)
+        length = self._ready.near(like.device).length
+        return length[self.problems(len(like), length.device)[0]].to(like)
 
     def projection(self, t: int, like: Float[Tensor, "b n d"], part: slice) -> Projection:
         """Of some of the problems, at the t-th temperature."""
-        one = self.projections[t]
+        one = self._ready.near(like.device).projections[t]
         take = lambda values, **to: self._gather(values, part, len(like)).to(**{"device": like.device, "dtype": like.dtype, **to})
         kept = self._gather(one.inverse, part, len(like))
+        kept = kept if like.device.type == "mps" else kept.to(like.device)  # float64
         return Projection(take(one.points), take(one.present, dtype=torch.bool), take(one.mass), take(one.moment), kept)

@@ -43,6 +43,8 @@ from .situation import Situation
 class Clamping:
     """How many queries the landmarks gave no mass: counted where the samples are, read when somebody asks.
 
+    It counts from the last `reset`, or from the start of this process: it is in no checkpoint. Moved queries of a wrapper count as well.
+
     Attributes:
         queries: how many have been looked at, once per temperature.
     """
@@ -84,7 +86,7 @@ class NystromField(FramedField):
             has seen a feature, that feature has the sums of its steps.
         least_mass: in [0, 1): the least psi(x).s, as a share of the sum of its terms without their signs.
         memory: the sums of all real samples, there with `sums="dataset"`.
-        report: how many queries were clamped; shared by all fields made of this one.
+        report: how many queries were clamped; shared by all fields made of this one. The trainer logs its `share` as `clamped`.
     """
 
     temperatures: tuple[Scheduled, ...] = (0.05,)

@@ -108,7 +108,7 @@ class SinkhornField(FramedField):
 
     def _batches(self, problems: Problems) -> list[_Batch]:
         x, own, negatives, masses = problems.x, problems.own, problems.negatives, problems.negative_weights
-        n, m = x.shape[1], negatives.shape[1]
+        n = x.shape[1]
         if own == 0 or (self.own_term == "masked" and self.iterations < 1):
             return [_Batch(x, _query_masses(problems), negatives, masses)]
         if self.own_term != "independent":
@@ -120,13 +120,10 @@ class SinkhornField(FramedField):
             )
         halves, found = (slice(0, n // 2), slice(n // 2, n)), []
         for mine, other in (halves, halves[::-1]):
-            keep = torch.cat([torch.arange(other.start, other.stop), torch.arange(own, m)]).to(x.device)
+            keep = lambda values, other=other: torch.cat([values[:, other], values[:, own:]], dim=1)
             beside = _beside_all(problems, other)
-            found.append(
-                _Batch(
-                    x[:, mine], None if masses is None else masses[:, mine], negatives[:, keep], None if beside is None else beside[:, keep]
-                )
-            )
+            mine_masses = None if masses is None else masses[:, mine]
+            found.append(_Batch(x[:, mine], mine_masses, keep(negatives), None if beside is None else keep(beside)))
         return found
 
 
