@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_field_names import EXAMPLES
+from test_options import generator
 from test_trainer import SMALL, images, one_accelerator_per_test, stop_at, tiny_generator, trainer, weights
 from torch.testing import assert_close
 
@@ -30,7 +31,8 @@ EVEN = {"generated_per_label": 4, "eval_steps": 0, "preview_steps": 0}  # a Sink
 
 
 def run(images, folder, name, **more):
-    return trainer(images, folder, field=TRAINED[name], **(EVEN | more))
+    """The generator's output layer does not start at 0, where a symmetrised field has no direction."""
+    return trainer(images, folder, generator=generator(), field=TRAINED[name], **(EVEN | more))
 
 
 @pytest.mark.parametrize("name", TRAINED)
