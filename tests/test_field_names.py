@@ -8,19 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import drifting_diffusers
 from drifting_diffusers import DriftingConfig, DriftingObjective, Pixels
+from drifting_diffusers.couplings import row_softmax
 from drifting_diffusers.fields import (
     FIELDS,
     Combined,
+    DivergenceField,
     DriftingField,
+    Friction,
     Lookahead,
     MeanShiftField,
+    Memory,
     ScoreField,
     Situation,
+    Symmetrised,
     algorithm_2,
     memories,
     read_field,
@@ -29,8 +35,9 @@ from drifting_diffusers.fields import (
     temperature_set,
 )
 from drifting_diffusers.fields.names import SETTINGS
-from drifting_diffusers.kernels import Gaussian
-from drifting_diffusers.schedules import linear
+from drifting_diffusers.fields.situation import walk
+from drifting_diffusers.kernels import Gaussian, Matern, Radial
+from drifting_diffusers.schedules import Schedule, exponential, linear
 
 EXAMPLES = {
     "drifting": "drifting(temperatures=(0.1, 0.2), affinity_floor=0.0, coupling=row_softmax)",
@@ -133,6 +140,161 @@ def test_a_temperature_set_is_the_field_with_that_set():
     torch.testing.assert_close(
         several(x, positives=y, negatives=x).velocity, DriftingField((0.1, 0.4))(x, positives=y, negatives=x).velocity, rtol=1e-12, atol=0
     )
+
+
+# --- choices as they are kept ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (lambda: DriftingField([0.1, 0.2]), "drifting(temperatures=(0.1, 0.2))"),
+        (lambda: ScoreField([exponential(1.0, 0.1)]), "score(temperatures=(exponential(1.0, 0.1),))"),
+        (lambda: Lookahead(DriftingField(), weights=[0.5, 0.25]), "lookahead(drifting, weights=(0.5, 0.25))"),
+        (lambda: Combined([DriftingField()], weights=[2.0]), "combined((drifting,), weights=(2.0,))"),
+        (
+            lambda: DivergenceField(weighting=["kl", "mmd"], mixture=[1.0, 2.0]),
+            "divergence(weighting=('kl', 'mmd'), mixture=(1.0, 2.0))",
+        ),
+        (lambda: Symmetrised(DriftingField(), [[[1.0]], [[-1.0]]]), "symmetrised(drifting, group=(((1.0,),), ((-1.0,),)))"),
+        (lambda: MeanShiftField(tuple(np.linspace(0.1, 0.2, 2))), "mean_shift(temperatures=(0.1, 0.2))"),
+        (lambda: MeanShiftField((np.float32(0.5),)), "mean_shift(temperatures=(0.5,))"),
+        (lambda: MeanShiftField((0.5,), kernel=Matern(np.float64(2.5))), "mean_shift(temperatures=(0.5,), kernel=matern(nu=2.5))"),
+        (lambda: ScoreField((linear(np.float32(1.0), np.float64(0.5), np.int64(7)),)), "score(temperatures=(linear(1.0, 0.5, steps=7),))"),
+        (lambda: Lookahead(DriftingField(), terms=np.int64(2), step=np.float64(0.5)), "lookahead(drifting, terms=2, step=0.5)"),
+        (lambda: Friction(DriftingField(), np.float32(0.25)), "friction(drifting, friction=0.25)"),
+        (lambda: ScoreField(form=np.str_("score")), "score(form='score')"),
+    ],
+)
+def test_lists_and_numbers_of_other_libraries_are_kept_as_plain_values(given, meant, as_users_see_it):
+    field = given()
+    assert spell(field) == meant
+    assert read_field(meant) == field
+    assert hash(read_field(meant)) == hash(field)
+    now = situated(field, Situation(5, 10))
+    json.dumps(DriftingObjective(Pixels(), now).describe())
+    x, y = torch.randn(2, 1, 6, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(now(x, positives=y, negatives=x).velocity).all()
+
+
+def test_a_number_of_another_library_is_written_as_a_number():
+    assert spell((np.float64(0.2), np.int32(3), True)) == "(0.2, 3, True)"
+
+
+def test_a_config_goes_on_with_a_list_or_array(tmp_path, as_users_see_it):
+    assert (
+        DriftingObjective(Pixels(), DriftingField([0.2])).settle_field("drifting(temperatures=(0.2,))") == "drifting(temperatures=(0.2,))"
+    )
+    config = DriftingConfig(str(tmp_path), field=MeanShiftField((np.float64(0.2),)))
+    (tmp_path / "training_config.json").write_text(config.to_json())
+    assert DriftingConfig.from_folder(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            "mean_shift(kernel='gaussian')",
+            "mean_shift: kernel must be a kernel, one of laplace, gaussian, .* got 'gaussian'; .* without quotes",
+        ),
+        ("mean_shift(kernel=0.2)", "mean_shift: kernel must be a kernel, .* got 0.2"),
+        ("nystrom(kernel=row_softmax)", "nystrom: kernel must be a kernel"),
+        ("drifting(coupling='row_softmax')", "drifting: coupling must be a coupling, one of two_sided_softmax, .* without quotes"),
+        ("drifting(coupling=gaussian)", "drifting: coupling must be a coupling"),
+        ("drifting(coupling=mean_shift)", "drifting: coupling must be a coupling"),
+        ("lookahead('drifting')", r"lookahead: field must be a field, .* got 'drifting'; .* without quotes"),
+        ("friction('drifting')", "friction: field must be a field"),
+        ("friction(0.2)", "friction: field must be a field, .* got 0.2"),
+        ("symmetrised(gaussian)", "symmetrised: field must be a field"),
+        ("velocity_guidance(row_softmax)", "velocity_guidance: field must be a field"),
+        ("drifting(normalise_force='false')", "drifting: normalise_force must be True or False, got 'false'"),
+        ("mean_shift(bias_corrected=1)", "mean_shift: bias_corrected must be True or False, got 1"),
+        ("lookahead(drifting, rescale='no')", "lookahead: rescale must be True or False, got 'no'"),
+        ("drifting(affinity_floor='0.1')", "drifting: affinity_floor must be a number, got '0.1'"),
+        ("frechet(decay='a')", "frechet: decay must be a number, got 'a'"),
+        ("divergence(ratio_bound=None)", "divergence: ratio_bound must be a number, got None"),
+        ("lookahead(drifting, weights=0.5)", r"lookahead: weights must be a tuple of numbers, got 0.5; write \(0.5,\)"),
+        ("combined((drifting,), weights=0.5)", r"combined: weights must be a tuple of numbers, got 0.5; write \(0.5,\)"),
+        ("combined((drifting,), weights=('a',))", r"combined: weights must be finite and at least 0, .* got \('a',\)"),
+        ("divergence(mixture=1.0)", r"divergence: mixture must be one finite factor for each of \('kl',\), got 1.0"),
+        ("divergence(mixture=('a',))", r"divergence: mixture must be one finite factor for each of \('kl',\), got \('a',\)"),
+        ("divergence(weighting=5)", "divergence: weighting must be one or several of kl, p/q, q/p, mmd, got 5"),
+        ("nystrom(report=0)", "nystrom: report is kept by the field itself; it takes temperatures, .* least_mass$"),
+        ("nystrom((0.2,), place=3)", "nystrom: place is kept by the field itself"),
+        ("frechet(memory=0, feature='x')", "frechet: memory, feature is kept by the field itself"),
+        ("drifting(coupling=unnormalised(0.5))", "unnormalised: a coupling is .* write unnormalised without parentheses"),
+        ("unnormalised(0.5)", "unnormalised: a coupling is .* write unnormalised without parentheses"),
+        ("mean_shift(temperatures=(1" + 400 * "0" + ",))", "mean_shift: int too large"),
+    ],
+)
+def test_a_choice_of_a_wrong_kind_is_refused_before_a_run(text, why, as_users_see_it):
+    with pytest.raises(ValueError, match=why):
+        read_field(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        90_000 * "-" + "1",
+        40_000 * "a." + "b",
+        40_000 * "1+" + "1",
+        "\ud800",
+        "drifting\0",
+        "drifting(" + 200_000 * " " + ")",
+        300 * "friction(" + "drifting" + 300 * ")",
+        "combined((" + 1000 * "drifting, " + "'x'))",
+    ],
+    ids=["minus", "dots", "sum", "half a pair", "NUL", "long", "deep", "wide"],
+)
+def test_texts_that_break_readers_are_refused_in_few_words(text, as_users_see_it):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 the words differ
+        read_field(text)
+    assert not isinstance(caught.value, UnicodeError)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_field_is_read_from_a_text(as_users_see_it):
+    with pytest.raises(TypeError, match=r"a field is named by a text such as .* got 3"):
+        read_field(3)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnKernel(Radial):
+    """The Gaussian by another name."""
+
+    def log_value(self, distance, temperature):
+        return Gaussian().log_value(distance, temperature)
+
+    def log_pull(self, distance, temperature):
+        return Gaussian().log_pull(distance, temperature)
+
+    def log_sharp(self, distance, temperature):
+        return Gaussian().log_sharp(distance, temperature)
+
+
+def test_kernels_couplings_and_fields_of_ones_own_are_taken():
+    x, y = torch.randn(2, 1, 6, 2, generator=torch.Generator().manual_seed(0))
+    coupling = lambda logits, weights=None, *, floor=0.0, columns=None: row_softmax(logits, weights, floor=floor, columns=columns)
+    for own, known in (
+        (MeanShiftField(kernel=OwnKernel()), MeanShiftField(kernel=Gaussian())),
+        (DriftingField(coupling=coupling), DriftingField(coupling=row_softmax)),
+        (Friction(lambda x, **given: DriftingField()(x, **given), 0.5), Friction(DriftingField(), 0.5)),
+    ):
+        assert torch.equal(own(x, positives=y, negatives=x).velocity, known(x, positives=y, negatives=x).velocity)
+    with pytest.raises(TypeError, match="kernel must be a kernel"):
+        MeanShiftField(kernel=OwnKernel)  # type: ignore[arg-type]
+
+
+def test_a_walk_meets_everything_within_a_field():
+    field = read_field(
+        "friction(combined((frechet(moments='average'), score(temperatures=(linear(1.0, 0.5),)))), exponential(0.5, 0.1, 9))"
+    )
+    met = list(walk(field))
+    assert met[0] is field
+    assert [one.start for one in met if isinstance(one, Schedule)] == [1.0, 0.5]
+    assert [type(one).__name__ for one in met if isinstance(one, Memory)] == ["Moments"]
+    assert [type(one).__name__ for one in met if hasattr(one, "force")] == ["FrechetField", "ScoreField"]
+    assert list(memories(field)) == [field.field.fields[0].memory]
 
 
 # --- configs and objectives --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from drifting_diffusers.fields import DriftingField, MeanShiftField, frame, read_field, spell
+from drifting_diffusers.fields import (
+    Combined,
+    DriftingField,
+    FrechetField,
+    Friction,
+    MeanShiftField,
+    NystromField,
+    frame,
+    read_field,
+    spell,
+    symmetrised,
+)
 from drifting_diffusers.fields.frame import Problems
 from drifting_diffusers.fields.sinkhorn import SinkhornField
 from drifting_diffusers.fields.symmetrised import Symmetrised
@@ -62,6 +73,22 @@ def test_t21_at_scale_1_it_is_the_field_without_unconditional_negatives(field):
     assert_close(at_one.strength, absent.strength, rtol=1e-9, atol=0)
     mixed = guided(VelocityGuidance(field), x, p, q, torch.tensor([1.0, 2.5], dtype=F64)).velocity
     assert torch.isfinite(mixed).all()
+
+
+@pytest.mark.parametrize("grouping", ["batch", "problem"])
+def test_t21_at_scale_1_moments_of_no_mass_do_not_count(grouping):
+    """The Frechet field among negatives of mass 0 is no number; the second term is none at all."""
+    x, p, q = clouds(0)
+    field = FrechetField(grouping=grouping)
+    at_one = guided(VelocityGuidance(field), x, p, q, torch.ones(2, dtype=F64))
+    assert_close(at_one.velocity, velocity(field, x, p, x), rtol=1e-9, atol=1e-11)
+    mixed = guided(VelocityGuidance(field), x, p, q, torch.tensor([1.0, 2.5], dtype=F64)).velocity
+    assert torch.isfinite(mixed).all()
+    if grouping == "problem":
+        assert_close(mixed[0], velocity(field, x, p, x)[0], rtol=1e-9, atol=1e-11)
+    spoiled = torch.ones(2, 40, dtype=F64).index_fill(1, torch.tensor([30]), torch.nan)
+    given = VelocityGuidance(field)(x, positives=p, negatives=torch.cat([x, q], dim=1), negative_weights=spoiled, own=16)
+    assert not torch.isfinite(given.velocity).any()  # what is no number is not taken for 0
 
 
 @FIELD
@@ -274,6 +301,28 @@ def test_units_of_every_problem_and_unbatched_calls():
     assert_close(velocity(field, x.float(), p.float(), q.float()).double(), together.velocity, rtol=1e-3, atol=1e-4)
 
 
+def test_each_of_unit_distance_and_strength_is_a_mean_over_images_where_it_is_of_a_problem():
+    """A sum of a field that groups by step and one that groups by problem: its unit is of the step and its strengths are of problems."""
+    x, p, q = clouds(0, d=2)
+    parts = MeanShiftField((0.2,)), MeanShiftField((0.3,), grouping="problem")
+    for order in (parts, parts[::-1]):
+        drift = Symmetrised(Combined(order), "rotations-4")(x, positives=p, negatives=q)
+        alone = [Symmetrised(part, "rotations-4")(x, positives=p, negatives=q) for part in order]
+        assert drift.strength.shape == (2, 2)
+        assert (drift.unit.shape, drift.distance.shape) == (alone[0].unit.shape, alone[0].distance.shape)
+        assert_close(drift.strength, torch.stack([one.strength[0].expand(2) for one in alone]))
+        assert_close(drift.velocity, alone[0].velocity + alone[1].velocity)
+
+
+def test_sums_over_a_dataset_are_of_samples_and_not_of_their_images(as_users_see_it):
+    for inner in (NystromField(sums="dataset"), Combined((DriftingField(), Friction(NystromField(sums="dataset"), 0.1)))):
+        with pytest.raises(ValueError, match=r"sums over a dataset are of the samples as they are, .* take sums='step' inside"):
+            Symmetrised(inner)
+    x, p, q = clouds(0)
+    assert torch.isfinite(velocity(Symmetrised(NystromField((0.5,))), x, p, q)).all()
+    Symmetrised(FrechetField(moments="average"))  # of what the field is called with
+
+
 def test_16_bits_outside_do_not_reach_the_images():
     x, p, q = (t.float() for t in clouds(0, d=6))
     field = Symmetrised(DriftingField(), "rotations-3")
@@ -297,6 +346,10 @@ def test_named_groups_are_what_they_say():
         ("spin", "group must be 'sign'"),
         ("rotations-0", "group must be 'sign'"),
         ("rotations", "group must be 'sign'"),
+        ("rotations-1025", "k from 1 to 1024"),
+        ("rotations-" + 50 * "9", "k from 1 to 1024"),
+        ("rotations-\u0663", "group must be 'sign'"),  # a digit, of another script
+        (3, "group must be the name of one or a tuple of square matrices, got 3"),
         ((((2.0,),),), "orthogonal"),
         ((((1.0,),), ((1.0,),)), "every matrix once"),
         ((((-1.0,),),), "are no group"),
@@ -307,6 +360,30 @@ def test_named_groups_are_what_they_say():
 def test_what_is_no_group(group, message, as_users_see_it):
     with pytest.raises(ValueError, match=message):
         Symmetrised(DriftingField(), group)
+
+
+def test_large_groups_take_no_more_than_their_matrices(as_users_see_it):
+    """A named group is one; of a given one every product is looked at, a row of them at a time."""
+    assert len(Symmetrised(DriftingField(), "rotations-1000").matrices()) == 1000
+    turns = Symmetrised(DriftingField(), "rotations-200").matrices()
+    assert len(Symmetrised(DriftingField(), turns.tolist()).matrices()) == 200
+    with pytest.raises(ValueError, match="199 matrices are no group"):
+        Symmetrised(DriftingField(), turns[:-1].tolist())
+
+
+def test_a_group_is_made_once_where_it_is_used():
+    whole = Symmetrised(DriftingField(), "rotations-7")
+    assert whole.matrices() is Symmetrised(MeanShiftField(), "rotations-7").matrices()
+    there = symmetrised._on("rotations-7", torch.float32, torch.device("meta"))
+    assert there is symmetrised._on("rotations-7", torch.float32, torch.device("meta"))
+    assert (there.dtype, there.device.type, there.shape) == (torch.float32, "meta", (7, 2, 2))
+
+
+def test_a_group_of_lists_or_arrays_is_that_of_tuples(as_users_see_it):
+    signs = torch.tensor([[[1.0]], [[-1.0]]])
+    expected = Symmetrised(DriftingField(), (((1.0,),), ((-1.0,),)))
+    for given in (signs.tolist(), signs, signs.numpy(), tuple(signs.numpy())):
+        assert Symmetrised(DriftingField(), given) == expected == read_field(spell(Symmetrised(DriftingField(), given)))
 
 
 def test_planes_need_pairs_of_coordinates(as_users_see_it):

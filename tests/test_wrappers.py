@@ -9,14 +9,32 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from drifting_diffusers.fields import Drift, DriftingField, Field, MeanShiftField, Situation, batch_mean, names, read_field, situated, spell
+from drifting_diffusers.couplings import row_softmax
+from drifting_diffusers.fields import (
+    Drift,
+    DriftingField,
+    Field,
+    FramedField,
+    FrechetField,
+    MeanShiftField,
+    NystromField,
+    Problems,
+    Situation,
+    Symmetrised,
+    VelocityGuidance,
+    batch_mean,
+    memories,
+    names,
+    read_field,
+    situated,
+    spell,
+)
 from drifting_diffusers.fields.combined import Combined, temperature_set
-from drifting_diffusers.fields.frame import FramedField, Problems
 from drifting_diffusers.fields.friction import Friction, inertial_step
 from drifting_diffusers.fields.lookahead import Lookahead
 from drifting_diffusers.kernels import Laplace
 from drifting_diffusers.losses import drift_loss
-from drifting_diffusers.schedules import exponential, linear
+from drifting_diffusers.schedules import Schedule, exponential, linear
 
 F64 = torch.float64
 PLAIN = MeanShiftField((0.5,), normalise_force=False)
@@ -363,6 +381,20 @@ def test_t20_friction_is_a_share_of_the_velocity(field):
         assert_close(damped.unit, drift.unit, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("damp", [lambda field: Friction(field, 0.5), lambda field: Combined((field,), weights=(0.5,))])
+def test_t20_of_normalised_forces_friction_is_a_factor_of_lookahead_too(damp):
+    """A step that is not given is as long as the force, which friction leaves alone; a step that is given, or a force as it is, gets shorter."""
+    x, p, _ = clouds(0)
+    gap = lambda field, **more: (
+        (velocity(Lookahead(damp(field), **more), x, p, x) - 0.5 * velocity(Lookahead(field, **more), x, p, x)).norm()
+        / velocity(Lookahead(field, **more), x, p, x).norm()
+    )
+    normalised = DriftingField((0.2,), affinity_floor=0.0)
+    assert gap(normalised) < 1e-13
+    assert gap(normalised, step=1.0) > 0.05
+    assert gap(DriftingField((0.2,), affinity_floor=0.0, normalise_force=False)) > 1e-4
+
+
 def test_t20_a_step_with_a_memory():
     u, v = clouds(0, sizes=(4, 4, 4))[:2]
     assert_close(inertial_step(u, v, 1.0, 0.1), 0.1 * v, rtol=0, atol=0)
@@ -458,8 +490,18 @@ def test_strengths_of_a_step_and_of_problems_stand_in_one_table():
 def test_temperatures_reach_the_field_within_a_wrapper():
     field = temperature_set(Lookahead(Friction(PLAIN, 0.1)), (0.1, 0.3))
     assert [one.field.field.temperatures for one in field.fields] == [(0.1,), (0.3,)]
-    with pytest.raises(TypeError, match="Centres has no temperatures; give a field with that attribute"):
+    with pytest.raises(TypeError, match="Centres has no temperatures to choose; give a field with that attribute"):
         temperature_set(Centres(), (0.1,))
+    with pytest.raises(TypeError, match="FrechetField has no temperatures to choose"):  # it has one force, without a width
+        temperature_set(FrechetField(), (0.1,))
+
+
+def test_a_temperature_set_of_a_field_that_remembers_has_a_memory_each():
+    field = temperature_set(Friction(NystromField((0.5,), sums="dataset", landmarks=7), 0.1), (0.1, 0.3))
+    kept = list(memories(field))
+    assert [one.field.temperatures for one in field.fields] == [(0.1,), (0.3,)]
+    assert kept[0] is not kept[1]
+    assert [one.field.landmarks for one in field.fields] == [7, 7]
 
 
 # --- schedules, names, bad input ---------------------------------------------------------------------------------------------------------
@@ -516,6 +558,12 @@ def test_wrappers_have_a_text_form(text):
         (lambda: inertial_step(torch.zeros(1, 1), torch.zeros(1, 1), -0.1, 1.0), "friction must lie in"),
         (lambda: Combined((PLAIN, PLAIN), weights=(1.0,)), "2 fields need as many weights"),
         (lambda: Combined((PLAIN,), weights=(math.nan,)), "weights must be finite"),
+        (
+            lambda: Combined((PLAIN,), weights=(linear(1.0, 0.0, steps=5),)),
+            "above 0 at every step, .* a run that comes to a standstill has friction",
+        ),
+        (lambda: Combined((PLAIN, PLAIN), weights=(0, linear(0.0, 1.0))), "one of them above 0 at every step"),
+        (lambda: Lookahead(PLAIN, weights=(linear(1.0, 0.0), linear(0.5, 0.0, steps=3))), "one of them above 0 at every step"),
     ],
 )
 def test_bad_choices_are_refused(make, message):
@@ -523,9 +571,27 @@ def test_bad_choices_are_refused(make, message):
         make()
 
 
+def test_weights_that_pass_the_checks_pass_them_at_every_step():
+    for weights in ((linear(1.0, 0.0, 5), linear(0.0, 1.0)), (1.0, linear(1.0, 0.0, 5)), (Schedule(1.0, 0.0, shape="constant"), 0.0)):
+        for step in (0, 1, 5, 10):
+            assert situated(Combined((PLAIN, PLAIN), weights=weights), Situation(step, 10)).weights is not None
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("wrap", [Lookahead, Friction, Symmetrised, VelocityGuidance], ids=lambda wrap: wrap.__name__)
+def test_what_is_no_field_is_not_wrapped(wrap):
+    for given in ("drifting", 0.2, MeanShiftField, Laplace(), row_softmax):
+        with pytest.raises(TypeError, match="field must be a field, such as DriftingField"):
+            wrap(given)
+    with pytest.raises(TypeError, match=r"without quotes, and in Python as read_field\('drifting'\)"):
+        wrap("drifting")
+    if wrap is not VelocityGuidance:
+        wrap(lambda x, **given: PLAIN(x, **given))  # a function will do
+
+
 @pytest.mark.usefixtures("as_users_see_it")
 def test_a_sum_of_no_fields_is_refused():
-    for given in ((), PLAIN, ("drifting",)):
+    for given in ((), PLAIN, ("drifting",), (MeanShiftField,), (row_softmax,)):
         with pytest.raises(TypeError, match="Combined needs a tuple of one or more fields"):
             Combined(given)  # pyright: ignore[reportArgumentType]
     assert Combined([PLAIN]) == Combined((PLAIN,))  # pyright: ignore[reportArgumentType]

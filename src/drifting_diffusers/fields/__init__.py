@@ -3,6 +3,7 @@
 from .combined import Combined, temperature_set
 from .divergence import DivergenceField
 from .drifting import DriftingField, algorithm_2
+from .frame import FramedField, Problems
 from .frechet import FrechetField
 from .friction import Friction, inertial_step
 from .kernel_gradient import KernelGradientField
@@ -29,6 +30,7 @@ __all__ = [
     "Drift",
     "DriftingField",
     "Field",
+    "FramedField",
     "FrechetField",
     "Friction",
     "KernelGradientField",
@@ -39,6 +41,7 @@ __all__ = [
     "Moments",
     "NystromField",
     "Observer",
+    "Problems",
     "ScoreField",
     "SharpField",
     "SinkhornField",

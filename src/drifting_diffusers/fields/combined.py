@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..schedules import Scheduled
 from ..shapes import Float
-from .frame import refuse_schedules
+from .choices import is_field, refuse_schedules, settle
 from .lookahead import check_weights
-from .protocol import Drift, Field, Mean, batch_mean
+from .protocol import Drift, Field, Mean, batch_mean, own_of
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Combined:
     weights: tuple[Scheduled, ...] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.fields, tuple | list) or not self.fields or not all(map(callable, self.fields)):
-            raise TypeError(f"Combined needs a tuple of one or more fields, got {self.fields!r}")
-        object.__setattr__(self, "fields", tuple(self.fields))
+        settle(self)
+        if not isinstance(self.fields, tuple) or not self.fields or not all(map(is_field, self.fields)):
+            raise TypeError(f"Combined needs a tuple of one or more fields, got {self.fields!r}; names are written without quotes")
+        check_weights(self.weights)
         if self.weights is not None and len(self.weights) != len(self.fields):
             raise ValueError(f"{len(self.fields)} fields need as many weights, got {self.weights}")
-        check_weights(self.weights)
 
     @torch.no_grad()
     def __call__(
@@ -61,7 +61,7 @@ class Combined:
     ) -> Drift:
         """See `Field`."""
         refuse_schedules(self)
-        own = (x.shape[-2] if negatives is x else 0) if own is None else own
+        own = own_of(x, negatives, own)
         given: Any = {"positives": positives, "negatives": negatives, "own": own, "mean": mean}
         given |= {"positive_weights": positive_weights, "negative_weights": negative_weights}
         drifts = [field(x, **given) for field in self.fields]
@@ -75,22 +75,25 @@ def temperature_set(field: Field, temperatures: Sequence[Scheduled]) -> Combined
 
     Args:
         field: a field with an attribute `temperatures`, or a wrapper of such a field, whose other choices are kept.
-        temperatures: one or more, each with a field, and a normalisation, of its own.
+        temperatures: one or more, each with a field, a normalisation and a memory of its own. Memories are new: show them the data afterwards.
 
     Raises:
-        TypeError: for a field without temperatures.
+        TypeError: for a field without temperatures to choose.
     """
     return Combined(tuple(_at(field, temperature) for temperature in temperatures))
 
 
 def _at(field: Any, temperature: Scheduled) -> Any:
-    replace: Any = dataclasses.replace
-    names = [entry.name for entry in dataclasses.fields(field)] if dataclasses.is_dataclass(field) else []
-    if "temperatures" in names:
-        return replace(field, temperatures=(temperature,))
+    entries = [entry for entry in dataclasses.fields(field) if entry.init] if dataclasses.is_dataclass(field) else []
+    names = [entry.name for entry in entries]
+    if "temperatures" in names:  # what is remembered, which is no choice, is of other temperatures
+        return type(field)(**{e.name: getattr(field, e.name) for e in entries if e.compare} | {"temperatures": (temperature,)})
     if "field" in names:
+        replace: Any = dataclasses.replace
         return replace(field, field=_at(field.field, temperature))
-    raise TypeError(f"{type(field).__name__} has no temperatures; give a field with that attribute, or write Combined((...)) by hand")
+    raise TypeError(
+        f"{type(field).__name__} has no temperatures to choose; give a field with that attribute, or write Combined((...)) by hand"
+    )
 
 
 def _joined(strengths: list[Tensor]) -> Tensor:

@@ -25,13 +25,15 @@ convergence), so the default is the Gaussian.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import Gaussian, Kernel
 from ..shapes import Float
-from .frame import FramedField, Problems, positive
+from .choices import is_number, positive
+from .frame import FramedField, Problems
 from .kernel_gradient import scores
 
 WEIGHTINGS = ("kl", "p/q", "q/p", "mmd")
@@ -55,16 +57,19 @@ class DivergenceField(FramedField):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self._weightings or not all(name in WEIGHTINGS for name in self._weightings):
+        if not isinstance(self.weighting, str | tuple) or not self._weightings or not all(name in WEIGHTINGS for name in self._weightings):
             raise ValueError(f"weighting must be one or several of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
-        if self.mixture is not None and not (len(self.mixture) == len(self._weightings) and all(map(math.isfinite, self.mixture))):
-            raise ValueError(f"mixture must be one finite factor for each of {self._weightings}, got {self.mixture}")
+        if self.mixture is not None and not (isinstance(self.mixture, tuple) and self._fits(self.mixture)):
+            raise ValueError(f"mixture must be one finite factor for each of {self._weightings}, got {self.mixture!r}")
         if not (positive(self.ratio_bound) and 1 <= self.ratio_bound <= 1e12):
             raise ValueError(f"ratio_bound must lie in [1, 1e12], got {self.ratio_bound!r}; 1 is the kl weighting, 1e12 hardly a bound")
 
+    def _fits(self, mixture: tuple[Any, ...]) -> bool:
+        return len(mixture) == len(self._weightings) and all(is_number(factor) and math.isfinite(factor) for factor in mixture)
+
     @property
     def _weightings(self) -> tuple[str, ...]:
-        return (self.weighting,) if isinstance(self.weighting, str) else tuple(self.weighting)
+        return (self.weighting,) if isinstance(self.weighting, str) else self.weighting
 
     def force(self, problems: Problems, temperature: float) -> Float[Tensor, "b n d"]:
         attraction, repulsion = scores(problems, temperature, self.kernel)

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..couplings import Coupling, two_sided_softmax
 from ..kernels import Kernel, Laplace
 from ..shapes import Float
-from .frame import FramedField, Problems, check_choice
+from .choices import check_choice, settle
+from .frame import FramedField, Problems
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class DriftingField(FramedField):
     by_rows: ClassVar[bool] = False
 
     def __post_init__(self):
+        settle(self)  # the frame's own checks stand below, because they look at the mask
         if not 0 <= self.affinity_floor < 1:
             raise ValueError(f"affinity_floor must lie in [0, 1), got {self.affinity_floor}; the release has 1e-3, the paper's text 0")
         if not (math.isfinite(self.self_mask) and self.self_mask >= 0):

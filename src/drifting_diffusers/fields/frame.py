@@ -12,16 +12,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..kernels import LEAST_DISTANCE, exact_products, in_float, pairwise_distance
-from ..schedules import Schedule, Scheduled
+from ..schedules import Scheduled
 from ..shapes import Float
-from .protocol import Drift, Mean, batch_mean
+from .choices import check_choice as check_choice
+from .choices import check_field, check_temperatures, refuse_schedules, settle
+from .choices import positive as positive
+from .protocol import Drift, Mean, batch_mean, own_of
 
 BLOCK = 2**24
 """Entries of the largest [queries, targets] block that a force is computed in: 64 MB in float32, whatever the number of samples."""
@@ -156,6 +158,7 @@ class FramedField:
     """Whether a query's force depends on no other query, so that huge problems may be cut."""
 
     def __post_init__(self):
+        settle(self)
         check_temperatures(self.temperatures, self.farthest)
         for name in ("distance_floor", "strength_floor"):
             if not positive(getattr(self, name)):
@@ -190,7 +193,7 @@ class FramedField:
         Raises:
             ValueError: for shapes that do not fit each other, `own` outside [0, min(n, m)], or a schedule that no step was said for.
         """
-        own = (x.shape[-2] if negatives is x else 0) if own is None else own
+        own = own_of(x, negatives, own)
         return self.drift(self.force, self.by_rows, x, positives, negatives, positive_weights, negative_weights, own, mean)
 
     @torch.no_grad()
@@ -240,6 +243,8 @@ class WrappedForce:
     field: Any
 
     def __post_init__(self):
+        settle(self)
+        check_field(self.field)
         if not (hasattr(self.field, "force") and hasattr(self.field, "drift")):
             raise TypeError(
                 f"{type(self).__name__} needs a field with a force per temperature, got {type(self.field).__name__}; wrap the field inside it instead"
@@ -276,39 +281,6 @@ def mean_over_pairs(problems: Problems, values: Float[Tensor, "b n t"], average:
 def per_problem(value: Tensor) -> Tensor:
     """[] as it is, [b] as [b, 1, 1]."""
     return value if value.ndim == 0 else value[:, None, None]
-
-
-def positive(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value) and float(value) > 0
-
-
-def refuse_schedules(field: Any) -> None:
-    """A field with a schedule in it is a recipe for a field of every step."""
-    for entry in dataclasses.fields(field):
-        value = getattr(field, entry.name)
-        if any(isinstance(item, Schedule) for item in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(
-                f"{entry.name} of this {type(field).__name__} changes over a run, {value}: say the moment, situated(field, Situation(step=0, steps=1000))"
-            )
-
-
-def check_choice(field: Any, name: str, *allowed: str) -> None:
-    if getattr(field, name) not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {getattr(field, name)!r}")
-
-
-def check_temperatures(temperatures: Any, largest_distance: float) -> None:
-    """Numbers above 0 or schedules of such, so large that a logit of `largest_distance` is finite."""
-    if not isinstance(temperatures, tuple | list):
-        raise TypeError(f"temperatures must be a tuple of numbers, got {temperatures!r}; write ({temperatures!r},) for a single one")
-    numbers = [number for t in temperatures for number in ((t.start, t.end) if isinstance(t, Schedule) else (t,))]
-    if not numbers or not all(map(positive, numbers)):
-        raise ValueError(f"temperatures must be one or more finite numbers above 0, got {temperatures}; the paper's are (0.02, 0.05, 0.2)")
-    least = largest_distance / torch.finfo(torch.float32).max
-    if min(numbers) <= least:
-        raise ValueError(
-            f"temperatures must be above {least:g}, got {temperatures}: a masked distance over a smaller one overflows float32"
-        )
 
 
 def check_shapes(

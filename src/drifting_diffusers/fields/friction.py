@@ -14,7 +14,9 @@ from 0 to 1 over the run, and `inertial_step`, its form with a memory, are ours.
 Known limits. A factor common to all velocities moves no zero of the field: a* stays where it is, friction only decides how far a run gets
 on its way there. And in the regression it is a factor of the gradient alone: under plain gradient descent it is one of the learning rate,
 and Adam, which divides by the gradient's own size, hardly sees it as long as it changes slowly; schedule the learning rate there. It does
-change where it lengthens a step that is taken: particle flows, and `Lookahead(Friction(field, 0.5))`, whose places are closer together.
+change where it lengthens a step that is taken: particle flows, and the places of `Lookahead(Friction(field, 0.5), step=1.0)`. Without a `step`
+lookahead takes steps of the length of the force, which friction leaves as it is: of a normalised field the places are then the same, and the
+whole is `Lookahead(field)` times 1 - gamma (a test says so).
 """
 
 import dataclasses
@@ -27,8 +29,8 @@ from torch import Tensor
 
 from ..schedules import Schedule, Scheduled, linear
 from ..shapes import Float
-from .frame import refuse_schedules
-from .protocol import Drift, Field, Mean, batch_mean
+from .choices import refuse_schedules, settle
+from .protocol import Drift, Field, Mean, batch_mean, own_of
 
 GROWING = linear(0.0, 1.0)
 """From none to a standstill over the whole run."""
@@ -50,6 +52,7 @@ class Friction:
     friction: Scheduled = GROWING
 
     def __post_init__(self):
+        settle(self)
         check_friction(self.friction)
 
     @torch.no_grad()
@@ -66,7 +69,7 @@ class Friction:
     ) -> Drift:
         """See `Field`."""
         refuse_schedules(self)
-        own = (x.shape[-2] if negatives is x else 0) if own is None else own
+        own = own_of(x, negatives, own)
         drift = self.field(
             x,
             positives=positives,

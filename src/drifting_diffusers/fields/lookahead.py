@@ -15,7 +15,7 @@ shows it). So, unless a number is given, no step is longer than the force was be
 
     step_i = min(1, u sum_tau rms(F_tau) / rms(V_i))
 
-which is 1 where forces are not normalised. With a step of 1, weights of 1 and no rescaling, x + V is exactly where K + 1 Euler steps on
+which is 1 where forces are not normalised. A factor on V alone, such as friction or a weight of `Combined` below 1, changes no such step. With a step of 1, weights of 1 and no rescaling, x + V is exactly where K + 1 Euler steps on
 the same positives end.
 
 **Several temperatures.** A step of their normalised sum has mostly the direction of the smallest temperatures, which near the data is
@@ -30,7 +30,6 @@ far away. From a far start, where all terms point the same way, nothing was gain
 
 import dataclasses
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -39,8 +38,9 @@ from torch import Tensor
 from ..kernels import in_float
 from ..schedules import Schedule, Scheduled
 from ..shapes import Float
-from .frame import per_problem, positive, refuse_schedules
-from .protocol import Drift, Field, Mean, batch_mean
+from .choices import is_number, positive, refuse_schedules, settle
+from .frame import per_problem
+from .protocol import Drift, Field, Mean, batch_mean, own_of
 from .situation import Observer, memories
 
 
@@ -68,13 +68,14 @@ class Lookahead:
     step: Scheduled | None = None
 
     def __post_init__(self):
+        settle(self)
         if isinstance(self.terms, bool) or not isinstance(self.terms, int) or self.terms < 0:
             raise ValueError(
                 f"terms must be a whole number of at least 0, got {self.terms!r}; 0 is the plain field, 1 looks one step ahead"
             )
+        check_weights(self.weights)
         if self.weights is not None and len(self.weights) != self.terms + 1:
             raise ValueError(f"{self.terms} terms and the velocity at x need {self.terms + 1} weights, got {self.weights}")
-        check_weights(self.weights)
         if self.terms and any(not isinstance(memory, Observer) for memory in memories(self.field)):
             raise ValueError(
                 f"{type(self.field).__name__} remembers the samples it is called with, and lookahead calls it with samples that were moved; "
@@ -100,7 +101,7 @@ class Lookahead:
     ) -> Drift:
         """See `Field`. Two means more than the field asks for: the length of every step that is not given, and the rescaling."""
         refuse_schedules(self)
-        own = (x.shape[-2] if negatives is x else 0) if own is None else own
+        own = own_of(x, negatives, own)
         parts = self._parts(positives, positive_weights)
         drift = lambda here, q, part: self.field(
             here, positives=part[0], negatives=q, positive_weights=part[1], negative_weights=negative_weights, own=own, mean=mean
@@ -140,12 +141,18 @@ class Lookahead:
 
 
 def check_weights(weights: tuple[Scheduled, ...] | None) -> None:
-    """Finite numbers of at least 0, or schedules of such, and not all 0."""
+    """A tuple of finite numbers of at least 0, or of schedules of such, and not all 0, neither where they start nor where they end."""
     if weights is None:
         return
-    numbers = [number for w in weights for number in ((w.start, w.end) if isinstance(w, Schedule) else (w,))]
-    if not all(isinstance(w, Real) and 0 <= w < float("inf") for w in numbers) or not any(numbers):
-        raise ValueError(f"weights must be finite and at least 0, one of them above 0, got {weights}")
+    if not isinstance(weights, tuple):
+        raise TypeError(f"weights must be a tuple of numbers, got {weights!r}; write ({weights!r},) for a single one")
+    starts = [w.start if isinstance(w, Schedule) else w for w in weights]
+    ends = [w.end if isinstance(w, Schedule) and w.shape != "constant" else start for w, start in zip(weights, starts, strict=True)]
+    if not all(is_number(w) and 0 <= w < float("inf") for w in [*starts, *ends]) or not (any(starts) and any(ends)):
+        raise ValueError(
+            f"weights must be finite and at least 0, one of them above 0 at every step, got {weights}; a run that comes to a standstill "
+            "has friction"
+        )
 
 
 def _squares(velocities: Tensor) -> tuple[Float[Tensor, "k b"], Float[Tensor, " b"]]:

@@ -22,6 +22,13 @@ def batch_mean(totals: Float[Tensor, "*t b"], weights: Float[Tensor, " b"]) -> F
     return totals.sum(-1) / weights.sum()
 
 
+def own_of(x: Tensor, negatives: Tensor, own: int | None) -> int:
+    """How many of the leading negatives are the queries, if nobody says: all if `negatives is x`, else none. Wrappers ask before they move any."""
+    if own is not None:
+        return own
+    return x.shape[-2] if negatives is x else 0
+
+
 @dataclass(frozen=True)
 class Drift:
     """Where the queries drift, and what was measured on the way.

@@ -31,7 +31,8 @@ from torch import Tensor
 from ..kernels import Gaussian
 from ..schedules import Scheduled
 from ..shapes import Float
-from .frame import FramedField, Problems, check_choice
+from .choices import check_choice
+from .frame import FramedField, Problems
 from .pulls import pulls
 
 

@@ -26,7 +26,9 @@ from torch import Tensor
 
 from ..kernels import Kernel, Laplace, exact_products, in_float, pairwise_distance
 from ..shapes import Float
-from .frame import FramedField, Problems, check_shapes, positive
+from .choices import positive
+from .frame import FramedField, Problems, check_shapes
+from .protocol import own_of
 from .pulls import pulls
 
 
@@ -75,7 +77,7 @@ def sharp_potential(
     Raises:
         ValueError: for shapes that do not fit each other, `own` outside [0, min(n, m)], or a temperature that is not above 0.
     """
-    own = (x.shape[-2] if negatives is x else 0) if own is None else own
+    own = own_of(x, negatives, own)
     check_shapes(x, positives, negatives, positive_weights, negative_weights, own)
     if not positive(temperature):
         raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")

@@ -4,7 +4,7 @@ A field with a schedule or a memory in it is a recipe; `situated` makes the fiel
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,7 +54,7 @@ def situated(field: Any, situation: Situation) -> Any:
     """The field of this situation: numbers in place of schedules, in fields within fields too, and memories at the right place."""
     if isinstance(field, Schedule):
         return field if situation.step is None else field.at(situation.step, situation.steps)
-    if isinstance(field, tuple):
+    if isinstance(field, tuple | list):
         items = tuple(situated(item, situation) for item in field)
         return field if all(new is old for new, old in zip(items, field, strict=True)) else items
     if not dataclasses.is_dataclass(field) or isinstance(field, type):
@@ -67,15 +67,18 @@ def situated(field: Any, situation: Situation) -> Any:
     return field if within is None else within(situation)
 
 
+def walk(field: Any) -> Iterator[Any]:
+    """Everything that a field is made of, itself first: its choices, schedules and memories, and all of the fields within it, always in the same order."""
+    yield field
+    within: Iterable[Any] = ()
+    if isinstance(field, tuple | list):
+        within = field
+    elif dataclasses.is_dataclass(field) and not isinstance(field, type | Memory):
+        within = [getattr(field, entry.name) for entry in dataclasses.fields(field)]
+    for value in within:
+        yield from walk(value)
+
+
 def memories(field: Any) -> Iterator[Memory]:
     """Every memory of a field and of the fields within it, always in the same order."""
-    if isinstance(field, tuple):
-        for item in field:
-            yield from memories(item)
-    elif dataclasses.is_dataclass(field) and not isinstance(field, type):
-        for entry in dataclasses.fields(field):
-            value = getattr(field, entry.name)
-            if isinstance(value, Memory):
-                yield value
-            else:
-                yield from memories(value)
+    return (value for value in walk(field) if isinstance(value, Memory) and not isinstance(value, type))

@@ -5,8 +5,9 @@ r"""A field made symmetric under a finite group G of rotations and reflections g
 For given positives and negatives it is equivariant, V(h x) = h V(x) for h in G, whether or not they are symmetric: they need not be augmented. It is the mean
 of F(x; g^-1 p, g^-1 q), hence antisymmetric in p and q if F is; where p and q are symmetric already, as sets with masses, it is F itself.
 
-All images are problems of one step for the field inside, so its lengths, rms and memory of classes are common to them (ours). Strengths are those of
-F, before the mean. The group acts about the origin of x: centre what is to be symmetric.
+All images are problems of one step for the field inside (ours): with grouping="batch" its lengths and rms are common to them, with grouping="problem" every
+image has its own, whose mean is reported; moments that are remembered are those of all images. Sums over a dataset are of samples as they are,
+not of their images, and are refused. Strengths are those of F, before the mean. The group acts about the origin of x: centre what is to be symmetric.
 
 The own samples as negatives (ours). The queries are moved, the negatives are not, so that p and q are treated alike. Under every g the pair of a query with itself
 stays masked, not only where g x_i and x_i coincide: a sample is absent from its own negatives with all its images, and each query sees the images of
@@ -21,6 +22,7 @@ data. Costs |G| times the field inside, in time and in memory.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,9 +30,14 @@ from torch import Tensor
 
 from ..kernels import exact_products, in_float
 from ..shapes import Float
-from .protocol import Drift, Field, Mean, batch_mean
+from .choices import settle
+from .protocol import Drift, Field, Mean, batch_mean, own_of
+from .situation import Observer, memories
 
 Matrix = tuple[tuple[float, ...], ...]
+
+MOST_TURNS = 1024
+"""The largest k of a named group: every image is one more problem, so a step with as many is far beyond any memory already."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +46,33 @@ class Symmetrised:
 
     Attributes:
         field: any field.
-        group: "sign" (x and -x), "rotations-k" (the k rotations of every plane of two consecutive coordinates), "dihedral-k" (these and mirror images),
+        group: "sign" (x and -x), "rotations-k" (the k rotations of every plane of two consecutive coordinates, k at most 1024), "dihedral-k" (these and mirror images),
             or the orthogonal matrices themselves, as tuples of rows. A matrix smaller than x acts on consecutive coordinates, so 3 x 3 matrices
             act on atoms in a row.
 
     Raises:
-        ValueError: for a group that is none: unknown, not orthogonal, or not closed under products; for x whose dimension the matrices do not divide.
+        ValueError: for a group that is none: unknown, not orthogonal, or not closed under products; for a field with sums over a dataset; for x whose
+            dimension the matrices do not divide.
     """
 
     field: Field
     group: str | tuple[Matrix, ...] = "sign"
 
     def __post_init__(self):
-        if not callable(self.field):
-            raise TypeError(f"Symmetrised needs a field to call, got {self.field!r}")
-        _check_group(self.matrices())
+        object.__setattr__(self, "group", _as_rows(self.group))
+        settle(self)
+        if any(isinstance(memory, Observer) for memory in memories(self.field)):
+            raise ValueError(
+                "sums over a dataset are of the samples as they are, and a symmetrised field calls the field inside with their images; "
+                "take sums='step' inside"
+            )
+        if not isinstance(self.group, str | tuple):
+            raise ValueError(f"group must be the name of one or a tuple of square matrices, got {self.group!r}")
+        self.matrices()
 
     def matrices(self) -> Float[Tensor, "g k k"]:
-        """The group, in float64."""
-        return _named(self.group) if isinstance(self.group, str) else _given(self.group)
+        """The group, in float64. Not to be written to: it is made once."""
+        return _on(self.group, torch.float64, torch.device("cpu"))
 
     @torch.no_grad()
     def __call__(
@@ -72,9 +87,9 @@ class Symmetrised:
         mean: Mean = batch_mean,
     ) -> Drift:
         """See `Field`."""
-        own = (x.shape[-2] if negatives is x else 0) if own is None else own
+        own = own_of(x, negatives, own)
         one: Any = lambda t: None if t is None else (t[None] if x.ndim == 2 else t)
-        group = self.matrices().to(in_float(x))
+        group = _on(self.group, in_float(x).dtype, x.device)
         size, problems = len(group), one(x).shape[0]
         again: Any = lambda t: (
             None if t is None else one(t).repeat_interleave(size, dim=0)
@@ -92,10 +107,10 @@ class Symmetrised:
         )
         with torch.autocast(x.device.type, enabled=False), exact_products():
             back = _act_each(group.mT, drift.velocity.unflatten(0, (problems, size))).mean(1)
-        over_images = lambda t: (
-            t.unflatten(-1, (problems, size)).mean(-1) if drift.unit.ndim else t
-        )  # units of every problem, if not of the step
-        return Drift(back[0] if x.ndim == 2 else back, over_images(drift.unit), over_images(drift.distance), over_images(drift.strength))
+        over_images = lambda t, of_the_step: t if t.ndim == of_the_step else t.unflatten(-1, (problems, size)).mean(-1)
+        return Drift(
+            back[0] if x.ndim == 2 else back, over_images(drift.unit, 0), over_images(drift.distance, 0), over_images(drift.strength, 1)
+        )
 
 
 def _act(group: Tensor, x: Tensor) -> Float[Tensor, "b g n d"]:
@@ -111,13 +126,35 @@ def _act_each(group: Tensor, x: Float[Tensor, "b g n d"]) -> Float[Tensor, "b g 
     return torch.einsum("gij,bgnaj->bgnai", group, x.unflatten(-1, (d // k, k))).flatten(-2)
 
 
+def _as_rows(group: Any) -> Any:
+    """Arrays and tensors as tuples, which can be compared and written down."""
+    group = group.tolist() if hasattr(group, "tolist") else group
+    return tuple(map(_as_rows, group)) if isinstance(group, tuple | list) else group
+
+
+@lru_cache(maxsize=32)
+def _on(group: str | tuple[Matrix, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A group where it is used; a device is waited for once. Those that are given are checked, those with a name are groups."""
+    if dtype != torch.float64 or device.type != "cpu":
+        return _on(group, torch.float64, torch.device("cpu")).to(device, dtype)
+    if isinstance(group, str):
+        return _named(group)
+    matrices = _given(group)
+    _check_group(matrices)
+    return matrices
+
+
 def _named(name: str) -> Tensor:
     kind, _, order = name.partition("-")
     if name == "sign":
         return torch.tensor([[[1.0]], [[-1.0]]], dtype=torch.float64)
-    if kind not in ("rotations", "dihedral") or not order.isdecimal() or int(order) < 1:
-        raise ValueError(f"group must be 'sign', 'rotations-k', 'dihedral-k' with k at least 1, or a tuple of matrices, got {name!r}")
-    angles = [2 * math.pi * i / int(order) for i in range(int(order))]
+    known = kind in ("rotations", "dihedral") and order.isascii() and order.isdecimal() and len(order) <= len(str(MOST_TURNS))
+    k = int(order) if known else 0
+    if not 1 <= k <= MOST_TURNS:
+        raise ValueError(
+            f"group must be 'sign', 'rotations-k', 'dihedral-k' with k from 1 to {MOST_TURNS}, or a tuple of matrices, got {name[:100]!r}"
+        )
+    angles = [2 * math.pi * i / k for i in range(k)]
     turns = torch.tensor([[[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]] for t in angles], dtype=torch.float64)
     mirror = torch.tensor([[1.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
     return turns if kind == "rotations" else torch.cat([turns, turns @ mirror])
@@ -136,9 +173,8 @@ def _check_group(group: Tensor) -> None:
     unity = torch.eye(group.shape[1], dtype=group.dtype)
     if (group @ group.mT - unity).abs().max() > 1e-6:
         raise ValueError("every matrix of a group must be orthogonal, g g^T = 1; their inverses are taken to be their transposes")
-    apart = lambda a, b: (a[:, None] - b[None]).abs().amax((-1, -2))
+    apart = lambda a, b: torch.cdist(a.flatten(1), b.flatten(1), p=math.inf)
     if (apart(group, group) < 1e-6).sum() != len(group):
         raise ValueError("a group holds every matrix once")
-    products = (group[:, None] @ group[None]).flatten(0, 1)
-    if apart(products, group).amin(1).max() > 1e-6:
+    if any(apart(one @ group, group).amin(1).max() > 1e-6 for one in group):  # one by one: all products at once may be gigabytes
         raise ValueError(f"{len(group)} matrices are no group: some of their products are not among them; add those, and the identity")

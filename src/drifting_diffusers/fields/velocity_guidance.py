@@ -38,7 +38,9 @@ class VelocityGuidance(WrappedForce):
         if own == 0 or own == m:
             return self.field.force(problems, temperature)
         free = self.field.force(_among(problems, slice(0, own), own), temperature)
-        return free + guidance_strength(problems)[:, None, None] * self.field.force(_among(problems, slice(own, m), 0), temperature)
+        strength = guidance_strength(problems)[:, None, None]
+        guided = strength * self.field.force(_among(problems, slice(own, m), 0), temperature)
+        return free + guided.where(strength != 0, 0.0)  # moments of no mass are no number, and 0 times them neither
 
 
 def guidance_strength(problems: Problems) -> Float[Tensor, " b"]:
