@@ -245,10 +245,11 @@ def images_picture(entries: Mapping[str, dict]):
     figure, panels = plt.subplots(len(shown), 1, figsize=(9, 0.5 * len(shown)), squeeze=False)
     figure.subplots_adjust(left=0.17, right=0.995, top=0.995, bottom=0.005, hspace=0.08)
     for panel, (name, tiles) in zip(panels[:, 0], shown.items(), strict=True):
-        samples = np.array(tiles, dtype=np.uint8).reshape(10, 4, 28, 28)[:, :2].reshape(20, 28, 28)
+        side = round((len(tiles) * len(tiles[0]) // 40) ** 0.5)
+        samples = np.array(tiles, dtype=np.uint8).reshape(10, 4, side, side)[:, :2].reshape(20, side, side)
         panel.imshow(np.concatenate(list(samples), axis=1), cmap="gray", vmin=0, vmax=255, aspect="auto")
         panel.axis("off")
-        panel.text(-8, 14, name, ha="right", va="center", fontsize=9)
+        panel.text(-side / 4, side / 2, name, ha="right", va="center", fontsize=9)
     return figure
 
 
