@@ -3,7 +3,7 @@ r"""The training objective: images -> features -> field -> loss. One drift loss 
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .features import FeatureMap
 from .fields import DriftingField, Field, Mean, Observer, Situation, batch_mean, memories, read_field, situated, spell
+from .fields.situation import walk
 from .losses import NonFinite, drift_loss
 from .shapes import Float
 
@@ -98,7 +99,7 @@ class DriftingObjective:
     @property
     def clamped(self) -> dict[str, float]:
         """What fields count of queries that they could not serve as they should, as shares; see `NystromField.report`."""
-        shares = [part.report.share for part in _inner(self.field) if hasattr(part, "report")]
+        shares = [part.report.share for part in walk(self.field) if hasattr(part, "report")]
         return {"clamped": max(shares)} if shares else {}
 
     @property
@@ -287,17 +288,6 @@ class DriftingObjective:
             )
         parts = vectors.split(sizes, dim=1)
         return {name: part.unflatten(1, shape) for (name, shape), part in zip(self._packed.items(), parts, strict=True)}
-
-
-def _inner(field: Any) -> Iterator[Any]:
-    """A field and the fields within it."""
-    if isinstance(field, tuple):
-        for item in field:
-            yield from _inner(item)
-    elif dataclasses.is_dataclass(field) and not isinstance(field, type):
-        yield field
-        for entry in dataclasses.fields(field):
-            yield from _inner(getattr(field, entry.name))
 
 
 def described(value: Any) -> Any:
