@@ -3,6 +3,7 @@
 import re
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import torch
 from datasets import Dataset
@@ -57,9 +58,13 @@ def classifier(name: str, folder: Path) -> SmallClassifier:
     return kept_classifier(file, everything, channels=1, num_classes=10, seed=seed, width=width, epochs=epochs, name=name)
 
 
-def images(split: str) -> LabelledImages:
-    dataset = Dataset.from_parquet(str(DATA / f"{split}.parquet"))
-    return LabelledImages(dataset, size=(SIZE, SIZE), channels=1, num_classes=10, image_column="image", label_column="label")
+def images(split: str, told: bool = True) -> LabelledImages:
+    """All images of a split, or as if they were of one class."""
+    dataset = cast(Dataset, Dataset.from_parquet(str(DATA / f"{split}.parquet")))
+    if not told:
+        dataset = dataset.remove_columns("label").add_column("label", [0] * len(dataset))  # pyright: ignore[reportCallIssue]
+    classes = 10 if told else 1
+    return LabelledImages(dataset, size=(SIZE, SIZE), channels=1, num_classes=classes, image_column="image", label_column="label")
 
 
 def train(text: str, *, seed: int, steps: int, folder: Path, conditional: bool = True, **choices) -> dict:
@@ -75,8 +80,10 @@ def train(text: str, *, seed: int, steps: int, folder: Path, conditional: bool =
     """
     judge, encoder = (classifier(name, folder) for name in ("judge", "encoder"))
     torch.manual_seed(seed)
-    model = PRESETS["fashion-mnist"].model | {"sample_size": SIZE} | ({} if conditional else {"num_classes": 0})
-    shape = {} if conditional else {"labels_per_step": 1, "generated_per_label": 80, "positives_per_label": 320}
+    model = PRESETS["fashion-mnist"].model | {"sample_size": SIZE} | ({} if conditional else {"num_classes": 1})
+    shape = (
+        {} if conditional else {"labels_per_step": 1, "generated_per_label": 80, "positives_per_label": 320, "eval_samples_per_class": 1000}
+    )
     with tempfile.TemporaryDirectory(dir=folder) as run:
         config = DriftingConfig.preset(
             "fashion-mnist",
@@ -92,13 +99,13 @@ def train(text: str, *, seed: int, steps: int, folder: Path, conditional: bool =
         trainer = DriftingTrainer(
             DriftingGenerator(**model),
             DriftingObjective([Pixels(), encoder.activations]),
-            images("train"),
+            images("train", conditional),
             config,
-            eval_dataset=images("test"),
+            eval_dataset=images("test", conditional),
             compute_metrics=lambda x, y: told(judge, x, y) if conditional else classes(judge, x),
         )
         found = trainer.train()
-    drawn = trainer.generate(torch.arange(10).repeat_interleave(4), rng=torch.Generator().manual_seed(1))
+    drawn = trainer.generate(torch.arange(10).repeat_interleave(4) % model["num_classes"], rng=torch.Generator().manual_seed(1))
     tiles = drawn.add(1).mul(127.5).round().to(torch.uint8).flatten(1).tolist() if seed == 0 else None
     return {"tiles": tiles, "ms_per_step": 1000 * trainer.seconds / steps} | {name: float(value) for name, value in found.items()}
 
