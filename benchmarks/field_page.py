@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from field_rows import rows
+
 Results = Mapping[str, Mapping[str, dict[str, Any]]]
 PLANE_NUMBERS = ("energy", "energy_real", "transport", "transport_real", "modes", "least_mode", "outside", "ms_per_step")
 IMAGE_NUMBERS = ("energy", "energy_real", "accuracy", "classes", "least_class", "spread", "spread_real", "ms_per_step")
@@ -22,7 +24,7 @@ def write(results: Results, args: Any, machine: str) -> None:
     page = args.docs / "fields.md"
     page.write_text(with_tables(page.read_text(), tables(found)))
     for name, figure in pictures(results, args.targets).items():
-        figure.savefig(args.docs / "images" / f"fields_{name}.png", dpi=110)
+        figure.savefig(args.docs / "images" / f"fields_{name}.png", dpi=75 if name == "images" else 110)
     print(f"wrote {page}, {args.docs / 'results/fields.json'} and pictures")
 
 
@@ -52,8 +54,10 @@ def over_seeds(entries: Iterable[Mapping[str, Any]], names: Iterable[str]) -> di
 def summary(results: Results) -> dict[str, Any]:
     """All numbers of all parts, without points and pixels."""
     grouped: dict[str, dict[str, Any]] = {"planes": {}, "images": {}, "claims": {}, "cost": {}}
+    order = list(rows())
+    place = lambda group: order.index(name) if (name := group.split("|")[0]) in order else len(order)
     for part, numbers in (("planes", PLANE_NUMBERS), ("images", IMAGE_NUMBERS)):
-        for group, entries in _grouped(results.get(part, {})).items():
+        for group, entries in sorted(_grouped(results.get(part, {})).items(), key=lambda item: place(item[0])):
             errors = [entry["error"] for entry in entries if "error" in entry]
             grouped[part][group] = {"field": entries[0]["field"]} | over_seeds(entries, numbers) | ({"error": errors[0]} if errors else {})
     for group, entries in _grouped(results.get("claims", {})).items():
@@ -81,7 +85,8 @@ def number(pair: Any) -> str:
     if pair is None:
         return "-"
     mean, sd = pair
-    return f"{mean:.3g} ± {sd:.1g}" if sd else f"{mean:.3g}"
+    value = f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:.3g}"
+    return f"{value} ± {f'{sd:.0f}' if sd >= 10 else f'{sd:.1g}'}" if sd else value
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> str:
@@ -185,6 +190,9 @@ def pictures(results: Results, targets: list[str]) -> dict[str, Any]:
 
     mpl.use("Agg")
     made = {}
+    order = list(rows())
+    place = lambda entry: order.index(name) if (name := entry[0].split("|")[0]) in order else len(order)
+    results = {part: dict(sorted(entries.items(), key=place)) for part, entries in results.items()}
     if results.get("planes"):
         made |= {"planes": planes_picture(results["planes"], targets), "curves": curves_picture(results["planes"], targets)}
     if results.get("images"):
@@ -192,8 +200,8 @@ def pictures(results: Results, targets: list[str]) -> dict[str, Any]:
     return made
 
 
-def planes_picture(entries: Mapping[str, dict], targets: list[str], across: int = 10):
-    """Seed 0 of every row: a column each, in bands of ten, targets below each other."""
+def planes_picture(entries: Mapping[str, dict], targets: list[str], across: int = 11):
+    """Seed 0 of every row: a column each, in bands, targets below each other."""
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(key.split("|")[0] for key in entries))
@@ -216,23 +224,27 @@ def planes_picture(entries: Mapping[str, dict], targets: list[str], across: int 
 
 
 def curves_picture(entries: Mapping[str, dict], targets: list[str]):
-    """Energy distance over the steps, mean over seeds."""
+    """Energy distance over the steps, mean over seeds; a few rows in colours, the others in grey."""
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(key.split("|")[0] for key in entries))
-    colours = dict(zip(names, [plt.get_cmap("tab20")(i % 20) for i in range(len(names))], strict=True))
-    figure, panels = plt.subplots(1, len(targets), figsize=(3.3 * len(targets), 4.6), squeeze=False, layout="constrained")
+    shown = ("released", "released, no floor", "mean shift", "score, annealed", "kernel gradient", "Sinkhorn", "Frechet", "lookahead")
+    colours = {name: plt.get_cmap("tab10")(i) for i, name in enumerate(shown)}
+    figure, panels = plt.subplots(1, len(targets), figsize=(3.3 * len(targets), 3.6), squeeze=False, layout="constrained")
     for panel, target in zip(panels[0], targets, strict=True):
         for name in names:
             curves = [e["curve"] for k, e in entries.items() if k.startswith(f"{name}|{target}|") and "curve" in e]
             if curves:
                 steps = [point[0] for point in curves[0]]
                 energy = [statistics.fmean(curve[i][2] for curve in curves) for i in range(len(steps))]
-                panel.plot(steps, energy, color=colours[name], lw=1.2, label=name)
+                panel.plot(
+                    steps, energy, color=colours.get(name, "0.85"), lw=1.6 if name in shown else 0.8, zorder=2 + (name in shown), label=name
+                )
         panel.set(xscale="log", yscale="log", title=target, xlabel="step")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("energy distance")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    lines = {label: line for line, label in zip(*panels[0, 0].get_legend_handles_labels(), strict=True) if label in shown}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
     return figure
 
 
