@@ -310,6 +310,11 @@ def test_a_config_says_its_field_in_one_way(tmp_path, as_users_see_it):
         DriftingConfig(str(tmp_path), field="nonsense")
 
 
+def test_the_help_names_every_field():
+    text = DriftingConfig.__dataclass_fields__["field"].metadata["help"]
+    assert [name for name in FIELDS if not re.search(rf"\b{name}\b", text)] == []
+
+
 def test_objective_and_config_agree_on_a_field():
     free, bound = DriftingObjective(Pixels()), DriftingObjective(Pixels(), "sharp")
     assert free.settle_field(None) == "drifting"

@@ -254,7 +254,8 @@ class DriftingConfig(RunConfig):
 
     field: str | None = _described(
         None,
-        "the drifting field: a name and what differs from its defaults, as in 'sinkhorn(temperatures=(0.05,))'; see docs/fields.md. "
+        "the drifting field: a name and what differs from its defaults, as in 'sinkhorn(temperatures=(0.05,))'. Fields are drifting, mean_shift, score, sharp, "
+        "kernel_gradient, divergence, sinkhorn, nystrom, frechet; lookahead, friction, combined, velocity_guidance and symmetrised hold others; see docs/fields.md. "
         "Not given, it is that of the objective, and without one there the released field",
     )
     positives_from: Literal["bank", "dataset"] = _described(
