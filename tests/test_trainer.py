@@ -353,9 +353,9 @@ def test_guidance_reaches_the_generator_and_the_weights_of_the_negatives(images,
     told, given = {}, {}
     forward, objective = run.generator.forward, run.objective
     run.generator.forward = lambda **inputs: (told.update(inputs), forward(**inputs))[1]
-    run.objective = lambda *arguments, mean: (
+    run.objective = lambda *arguments, mean, situation: (
         given.update(zip(("generated", "positives", "negatives", "weights"), arguments, strict=True)),
-        objective(*arguments, mean=mean),
+        objective(*arguments, mean=mean, situation=situation),
     )[1]
     run.training_step()
     alpha = told["guidance_scale"].unflatten(0, (3, 3))
