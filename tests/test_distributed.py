@@ -61,6 +61,7 @@ def test_two_processes_make_the_update_of_one(alone, tmp_path):
     assert distance(update_of(tmp_path / "local"), update_of(alone)) > 1e-2
 
 
+@pytest.mark.slow
 def test_two_processes_in_two_passes_over_single_labels_make_it_too(alone, tmp_path):
     code, text = start(tmp_path / "two", processes=2, config=UPDATE | {"labels_per_microbatch": 1})
     assert code == 0, text

@@ -219,6 +219,7 @@ def test_what_should_change_nothing_changes_nothing(option, tmp_path, reference)
     assert_same_update(weights(run), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("smooth")
 def test_two_processes_make_the_update_of_one(tmp_path, reference):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -187,6 +187,7 @@ class Rows:
         return self.cache.gather([i])[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_the_same(cache, context):
     loader = DataLoader(Rows(cache), batch_size=4, num_workers=2, multiprocessing_context=context)

@@ -288,6 +288,7 @@ for source in ("tester/drifting-B", {str(target)!r}):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_converts_encoders(hub, tmp_path):
     done = command("convert", "mae_pixel_640", tmp_path / "mae", "--dtype", "bfloat16", "--push-to-hub", "tester/mae", home=tmp_path,
                    endpoint=hub.url)  # fmt: skip
