@@ -91,7 +91,11 @@ def test_the_benchmark_runs_at_small_size(tmp_path, monkeypatch):
     fields.main(["images", "claims", "--output_dir", str(out), "--only", "Sinkhorn", "Nystrom", "annealing", "landmarks", "equal", *small])
     fields.main(["cost", "--output_dir", str(out), "--only", "score", "Frechet", *small])
     fields.main(["page", "--output_dir", str(out), "--docs", str(docs), *small])
-    entries = [json.loads(line) for name in ("tune", "planes", "images", "claims", "cost") for line in (out / f"{name}.jsonl").open()]
+    entries = [
+        json.loads(line)
+        for name in ("tune", "planes", "images", "claims", "cost")
+        for line in (out / f"{name}.jsonl").read_text().splitlines()
+    ]
     assert [entry for entry in entries if "error" in entry] == []
     assert {p.name for p in (docs / "images").iterdir()} == {"fields_planes.png", "fields_curves.png", "fields_images.png"}
     assert "| equal time" not in (docs / "fields.md").read_text()
