@@ -1,34 +1,13 @@
 """The examples without classes and without a trainer, run at a reduced size, and the claims that their pictures make."""
 
-import importlib.util
 import math
 from pathlib import Path
-from types import ModuleType
 
-import pytest
 import torch
+from test_toys import example, one_thread
 from torch.testing import assert_close
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def example(name: str) -> ModuleType:
-    """An example as a module; its name starts with a digit."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These sums are too small to share out; sharing them costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]
 
 
 def is_picture(file: Path) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from test_field_laws import AllReduce
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -213,23 +214,6 @@ def poisoned(p: Tensor) -> Tensor:
 
 
 # --- several processes -------------------------------------------------------------------------------------------------------------------
-
-
-class AllReduce:
-    """A mean over the problems of all threads."""
-
-    def __init__(self, ranks: int):
-        self.totals, self.weights, self.barrier = [torch.zeros(())] * ranks, [torch.zeros(())] * ranks, threading.Barrier(ranks, timeout=60)
-
-    def mean(self, rank: int):
-        def reduce(totals: Tensor, weights: Tensor) -> Tensor:
-            self.totals[rank], self.weights[rank] = totals.sum(-1), weights.sum()
-            self.barrier.wait()
-            value = sum(self.totals) / sum(self.weights)
-            self.barrier.wait()
-            return value
-
-        return reduce
 
 
 def sharded(ranks: int, steps: list[list[Tensor]], all_reduce: bool, **options) -> Tensor:
