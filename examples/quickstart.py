@@ -50,6 +50,7 @@ class Arguments:
     judge_epochs: int = field(default=8, metadata={"help": "passes over the real images of the classifier that judges"})
     encoder_epochs: int = field(default=5, metadata={"help": "passes over the real images of the classifier that lends its features"})
     seed: int = field(default=0, metadata={"help": "decides the initial weights and every draw"})
+    guidance: bool = field(default=False, metadata={"help": "teach the guidance scale too: real images of any class repel as well"})
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -98,7 +99,7 @@ def neighbours(images: Tensor, labels: Tensor, train_images: Tensor, train_label
 
 def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, encoder: SmallClassifier, metrics: Metrics) -> DriftingTrainer:
     torch.manual_seed(arguments.seed)
-    generator = DriftingGenerator(**PRESETS["fashion-mnist"].model)
+    generator = DriftingGenerator(**PRESETS["fashion-mnist"].model | {"guidance_embedding": arguments.guidance})
     fifth, half = max(1, arguments.max_steps // 5), max(1, arguments.max_steps // 2)
     config = DriftingConfig.preset(
         "fashion-mnist",
@@ -108,6 +109,7 @@ def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, encoder: S
         eval_steps=fifth,
         preview_steps=fifth,
         save_steps=half,
+        **({"unconditional_per_label": 16, "unguided_share": 0.5} if arguments.guidance else {}),
     )
     return DriftingTrainer(
         generator,

@@ -34,6 +34,7 @@ _HOME = {
     "load_extractor": "extractors",
     "load_features": "feature_loading",
     "merge_lora": "finetuning",
+    "shipped_model": "shipped",
     "with_classes": "finetuning",
 }
 
@@ -64,6 +65,7 @@ __all__ = [
     "load_extractor",
     "load_features",
     "merge_lora",
+    "shipped_model",
     "with_classes",
 ]
 
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from .pipeline import DriftingPipeline as DriftingPipeline
     from .protocol import Bench as Bench
     from .protocol import evaluate_pipeline as evaluate_pipeline
+    from .shipped import shipped_model as shipped_model
     from .trainer import DriftingTrainer as DriftingTrainer
 
 
