@@ -5,10 +5,16 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help quickstart toys test test-slow check cards format clean
+.PHONY: help install quickstart toys demo docs shipped test test-slow check cards format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+install: $(VENV)/.user  ## the library, its command and its demo into .venv
+	@echo 'Ready: . $(VENV)/bin/activate, then drifting-diffusers --help'
+
+demo: $(VENV)/.user  ## the Space in your browser, with the model that comes along
+	$(BIN)/drifting-diffusers demo
 
 quickstart: $(VENV)/.user  ## train a one-step generator of Fashion-MNIST and look at it: outputs/quickstart/samples.png
 	$(BIN)/python examples/quickstart.py
@@ -28,6 +34,13 @@ check: $(VENV)/.dev  ## format, lint, import contracts, types
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+docs: $(VENV)/.dev  ## the documentation into outputs/site; warnings are errors
+	$(BIN)/mkdocs build --strict --quiet
+
+shipped: $(VENV)/.user  ## train the model that comes along anew: an hour on one core
+	$(BIN)/python examples/quickstart.py --max_steps 10000 --guidance --output_dir outputs/shipped
+	$(BIN)/python benchmarks/ship.py outputs/shipped src/drifting_diffusers/shipped_models/fashion-mnist
 
 cards: $(VENV)/.user  ## render model_cards/ anew
 	$(BIN)/python -c 'import pathlib; from drifting_diffusers.releases import RELEASES, release_card; \
@@ -50,7 +63,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.user: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[plot]'
+	$(PIP) --editable '.[plot,demo]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -30,13 +30,14 @@ from drifting_diffusers.hub import upload
 from drifting_diffusers.latents import cache_latents
 from drifting_diffusers.sampling import processes
 from drifting_diffusers.sheets import pictures
+from drifting_diffusers.shipped import find_pipeline
 
 SPLIT_SEED = 0  # another split would be another experiment, so it does not follow --seed
 
 
 @dataclass
 class Arguments:
-    pretrained_model_name_or_path: str = field(metadata={"help": "the pipeline to start from: a folder or a repository of the Hub"})
+    pretrained_model_name_or_path: str = field(metadata={"help": "the pipeline to start from: a folder, a repository of the Hub, or fashion-mnist, which comes along"})
     dataset_name: str = field(metadata={"help": "a dataset of the Hub, a folder of images or of parquet files, or a parquet file"})
     train_split: str = field(default="train", metadata={"help": "of the dataset"})
     eval_split: str | None = field(
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments, choices = parse_arguments((Arguments, Choices), argv, description=(__doc__ or "").splitlines()[0])
     state = processes()
     with state.local_main_process_first():  # what is downloaded, unpacked or trained here is so once
-        base = DriftingPipeline.from_pretrained(arguments.pretrained_model_name_or_path)
+        base = DriftingPipeline.from_pretrained(find_pipeline(arguments.pretrained_model_name_or_path))
         train, held_out = read(arguments, choices)
         names = cast(ClassLabel, train.features[choices.label_column]).names
         generator = adapted(base, names, arguments, choices.seed)
@@ -228,7 +229,9 @@ def finish(trainer: DriftingTrainer, base: DriftingPipeline, arguments: Argument
     results = numbers(trainer, base, arguments)
     for place in (trainer.run.path, folder):  # beside the model too: the card of a push is rendered from it
         (place / "results.json").write_text(json.dumps(results, indent=2))
-    draw(trainer, pipe).save(trainer.run.path / "samples.png")
+    sheet = draw(trainer, pipe)
+    for place in (trainer.run.path, folder):
+        sheet.save(place / "samples.png")
     after, before, real = (results[of]["energy"] for of in ("metrics", "before", "real"))
     print(f"Energy distance to held-out images: {before:.3f} before, {after:.3f} now, {real:.3f} between real ones. See {trainer.run.path}")
     if config.push_to_hub:
@@ -239,7 +242,7 @@ def finish(trainer: DriftingTrainer, base: DriftingPipeline, arguments: Argument
 def origin(arguments: Arguments) -> dict[str, str]:
     """Where base and images came from, as far as that is the Hub, and the licence."""
     hub = lambda name: None if Path(name).exists() else name
-    base = arguments.base_model or hub(arguments.pretrained_model_name_or_path)
+    base = arguments.base_model or hub(find_pipeline(arguments.pretrained_model_name_or_path))
     found = {"base_model": base, "dataset": hub(arguments.dataset_name), "license": arguments.license}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -71,5 +71,6 @@ def test_public_names_are_a_snapshot():
         "load_extractor",
         "load_features",
         "merge_lora",
+        "shipped_model",
         "with_classes",
     ]
