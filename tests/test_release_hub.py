@@ -100,9 +100,9 @@ convert.convert = never
     run_script(PREAMBLE + again + script, tmp_path, hub.url)
 
 
-def test_the_block_of_the_readme(hub, tmp_path):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "from_release" in block]
+def test_the_block_of_its_page(hub, tmp_path):
+    page = (Path(__file__).parents[1] / "docs/released.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "from_release" in block]
     checks = """
 assert pipe.labels[88] == "macaw" and pipe.config.guidance_scale == 1.0
 alone = pipe(88, generator=torch.Generator().manual_seed(0)).images
