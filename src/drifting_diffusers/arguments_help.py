@@ -4,17 +4,62 @@ import argparse
 import dataclasses
 import re
 import textwrap
-from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from .presets import Preset
+if TYPE_CHECKING:
+    from .presets import Preset
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """One spelling for each option, and text whose lines stay lines, each wrapped under its own second column."""
+class Paragraphs(argparse.HelpFormatter):
+    """Text as wide as the terminal: paragraphs flow, indented lines stay lines, each wrapped under its own second column, and commands stay commands."""
 
     def __init__(self, prog: str, **kwargs: Any):
         super().__init__(prog, **{"max_help_position": 30} | kwargs)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Names keep their hyphens together."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines():
+            flows = line and not line[0].isspace() and lines and lines[-1] and not lines[-1][0].isspace()
+            if flows and not lines[-1].endswith(":"):
+                lines[-1] += f" {line}"
+            else:
+                lines.append(line)
+        return "\n".join(_wrapped(line, width, indent) for line in lines)
+
+    def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        """What a call must have; what it may have is listed below."""
+        if usage is None and any(action.option_strings and not action.required for action in actions):
+            needed = [action for action in actions if not action.option_strings or action.required]
+            words = [" ".join([*action.option_strings[:1], self._format_args(action, self._default_of(action))]) for action in needed]
+            usage = " ".join(["%(prog)s", *words, "[options]"]) if not _commands(actions) else "%(prog)s COMMAND [options]"
+        super().add_usage(usage, actions, groups, prefix)
+
+    def _default_of(self, action: argparse.Action) -> str:
+        return self._get_default_metavar_for_optional(action) if action.option_strings else self._get_default_metavar_for_positional(action)
+
+    def _format_args(self, action: argparse.Action, default_metavar: Any) -> str:
+        """Several values as `NAME ...`: whether they may be left out, the help says."""
+        if action.nargs in ("*", "+"):
+            return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+        return super()._format_args(action, default_metavar)
+
+    def _format_action(self, action: argparse.Action) -> str:
+        """Of commands the names with their help, without a line for all of them that says nothing."""
+        commands = _commands([action])
+        return "".join(map(super()._format_action, commands)) if commands else super()._format_action(action)
+
+
+def _commands(actions: Iterable[argparse.Action]) -> list[argparse.Action]:
+    return [command for action in actions for command in getattr(action, "_get_subactions", list)()]
+
+
+class HelpFormatter(Paragraphs):
+    """One spelling for each option."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
@@ -22,21 +67,8 @@ class HelpFormatter(argparse.HelpFormatter):
         values = self._format_args(action, str(action.metavar))
         return f"{action.option_strings[0]} {values}"
 
-    def _format_args(self, action: argparse.Action, default_metavar: Any) -> str:
-        """Without the brackets of what may be left out: the sections say it."""
-        if action.nargs == "*":
-            return f"{action.metavar} ..."
-        return super()._format_args(action, default_metavar)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        """Names keep their hyphens together."""
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(_wrapped(line, width, indent) for line in text.splitlines())
-
     @staticmethod
-    def epilog(aliases: Mapping[str, str], presets: Mapping[str, Preset], last: str | None) -> str:
+    def epilog(aliases: Mapping[str, str], presets: "Mapping[str, Preset]", last: str | None) -> str:
         """The presets with their results, the other spellings, and a program's own last lines."""
         parts = []
         if presets:
@@ -57,12 +89,31 @@ def _meaning(alias: str, target: str) -> str:
 
 
 def _wrapped(line: str, width: int, indent: str) -> str:
+    if re.match(r"\s+(drifting-diffusers|accelerate|[A-Z_]+=\S+ torchrun) ", line):
+        return _command(line, width, indent)
     columns = re.match(r"\s*\S+\s{2,}", line)
     hang = " " * (columns.end() if columns else len(line) - len(line.lstrip()))
     return textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent + hang, break_on_hyphens=False)
 
 
-def overview(preset: Preset) -> str:
+def _command(line: str, width: int, indent: str) -> str:
+    """A command that the shell understands as it stands: broken before an option, with a backslash."""
+    words: list[str] = []
+    for word in re.findall(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""", line):
+        if word.startswith("-") or not words or not words[-1].startswith("-"):
+            words.append(word)
+        else:
+            words[-1] += f" {word}"
+    hang = indent + " " * (len(line) - len(line.lstrip()))
+    rows = [hang + words[0]]
+    for word in words[1:]:
+        if len(rows[-1]) + len(word) + 3 > width:
+            rows.append(hang + "   ")
+        rows[-1] += f" {word}"
+    return " \\\n".join(rows)
+
+
+def overview(preset: "Preset") -> str:
     """A preset's data, and what its source reports."""
     if preset.reported is None:
         return f"{preset.data}; no result is reported"

@@ -9,8 +9,6 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-HELP = "the authors' released weights -> a folder that from_pretrained loads"
-
 DESCRIPTION = """\
 Convert weights of the reference release of "Generative Modeling via Drifting" into a folder of diffusers' format.
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from .convert import DTYPES
 
-HELP = "distances, precision, diversity and memorisation of a pipeline or of images"
-
 DESCRIPTION = """\
 Measure a pipeline (a folder or a Hub repository) or images (a folder or parquet files) against the real images of
 a dataset. Writes results.json, a class grid, the nearest training images and, for several guidance scales, their curves. What was
