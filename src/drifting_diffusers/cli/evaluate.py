@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..shipped import find_pipeline
 from .convert import DTYPES
+from .pipelines import hub_errors, located
 
 DESCRIPTION = """\
-Measure a pipeline (a folder or a Hub repository) or images (a folder or parquet files) against the real images of
+Measure a pipeline (a folder, a Hub repository or a name that comes along) or images (a folder or parquet files) against the real images of
 a dataset. Writes results.json, a class grid, the nearest training images and, for several guidance scales, their curves. What was
 stopped goes on where it was; with torchrun or accelerate several processes share the work and give the same numbers.
 """
@@ -127,12 +129,14 @@ def _generated(options: argparse.Namespace, device: Any) -> Any:
     from ..data import open_images
     from ..pipeline import DriftingPipeline
 
-    path = Path(options.pipeline)
+    path = Path(find_pipeline(options.pipeline))
     if path.exists() and not (path / "model_index.json").exists():
         images = open_images(options.pipeline, "train")
         assert isinstance(images, Dataset)
         return _samples(images, options)
-    pipeline = DriftingPipeline.from_pretrained(options.pipeline, dtype=getattr(torch, options.dtype)).to(device)
+    source = located(options.pipeline)
+    with hub_errors(source):
+        pipeline = DriftingPipeline.from_pretrained(source, dtype=getattr(torch, options.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
