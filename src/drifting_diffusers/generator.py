@@ -275,10 +275,10 @@ class DriftingGenerator(PushWithCard, ModelMixin, ConfigMixin, AttentionMixin, P
             first = torch.arange(self.config.num_style_tokens, device=noise.device) * self.config.style_codebook_size
             condition = condition + self.style_embedding(style_labels + first).sum(1)  # (b, k, d) -> (b, d)
         if self.config.guidance_embedding:
-            scale = torch.as_tensor(guidance_scale, dtype=torch.float32, device=noise.device).expand(len(noise))
+            scale = torch.as_tensor(guidance_scale, dtype=torch.float32, device=noise.device).expand(noise.shape[0])
             embedded = self.guidance_embedder(self.guidance_fourier(scale).to(noise.dtype))
             condition = condition + 0.02 * self.guidance_norm(embedded)
-        return condition.expand(len(noise), self.modulation_out.in_features)
+        return condition.expand(noise.shape[0], self.modulation_out.in_features)
 
     def rotary(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotation, each [tokens, head_dim], in float32 whatever the model runs in."""
@@ -357,7 +357,7 @@ def _check_config(height: int, columns: int, patch_size: int, heads: int, head_d
 def _check_inputs(
     model: DriftingGenerator, noise: Tensor, class_labels: Tensor | None, guidance_scale: Any, style_labels: Tensor | None
 ) -> None:
-    config, b = model.config, len(noise)
+    config, b = model.config, noise.shape[0]  # len() would be a fixed number in an exported graph
     if not b:
         raise ValueError(f"noise must hold at least one sample, got {list(noise.shape)}: leave out the call for an empty batch")
     if noise.shape[1:] != (config.in_channels, model.sample_height, model.sample_width):
