@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -58,20 +59,15 @@ def _default(entry: dataclasses.Field) -> str:
 
 
 def commands() -> str:
-    """What `--help` of every command says."""
+    """What `--help` of every command says, as wide as a page, whatever terminal builds it."""
     from drifting_diffusers.cli import _parser
 
-    parser = _parser()
-    verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    parts = [_help("drifting-diffusers", parser)]
-    return "\n\n".join([*parts, *(_help(f"drifting-diffusers {name}", verb) for name, verb in verbs.choices.items())])
-
-
-def _help(title: str, parser: argparse.ArgumentParser) -> str:
-    parser.formatter_class = type("Wide", (parser.formatter_class,), {"__init__": _wide(parser.formatter_class)})
-    return f"## {title}\n\n```text\n{parser.format_help().strip()}\n```"
-
-
-def _wide(formatter: Any) -> Any:
-    """Text does not depend on the terminal that builds the site."""
-    return lambda self, prog, **options: formatter.__init__(self, prog, **options | {"width": 110})
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100"
+    try:
+        parser = _parser()
+        verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+        parsers = {parser.prog: parser, **{f"{parser.prog} {name}": verb for name, verb in verbs.items()}}
+        return "\n\n".join(f"## {title}\n\n```text\n{one.format_help().strip()}\n```" for title, one in parsers.items())
+    finally:
+        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
