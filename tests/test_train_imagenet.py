@@ -147,7 +147,8 @@ def test_latents_of_real_images_from_the_cache_to_a_picture(shared, tmp_path, ca
     assert trainer.log_history[-1]["energy"] > 0
 
 
-def test_what_to_train_on_is_asked_for(folder, tmp_path):
+def test_what_to_train_on_is_asked_for(folder, tmp_path, capsys):
     for flags in ([], ["--latents", "a", "--dataset_name", "b"]):
-        with pytest.raises(SystemExit, match="as --latents or as --dataset_name, one of them"):
+        with pytest.raises(SystemExit, match="2"):
             started(folder, tmp_path / "run", *flags)
+        assert "as --latents or as --dataset_name, one of them" in capsys.readouterr().err

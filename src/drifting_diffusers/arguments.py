@@ -7,7 +7,7 @@ In a file and in flags, `none` is None for what may be None, and no names for a 
 diffusers' scripts name some choices differently: `ALIASES` are understood, and `REFUSED` says what to do instead of the rest.
 """
 
-import copy
+import argparse
 import dataclasses
 import difflib
 import functools
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from .arguments_help import HelpFormatter, default_in_words, metavar_of, overview, sections_of
 from .config import RunConfig
@@ -90,11 +89,8 @@ def parse_arguments(
     Raises:
         ValueError: for kinds that cannot be parsed together.
     """
-    parser = _Parser(kinds, description, epilog)
-    try:
-        return parser.read(sys.argv[1:] if argv is None else argv)
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        parser.error(str(error))
+    parser = ConfigParser(kinds, description=description, epilog=epilog)
+    return parser.values(parser.parse_args(sys.argv[1:] if argv is None else argv))
 
 
 def describe(config: RunConfig, preset: str | None = None) -> str:
@@ -108,10 +104,19 @@ def describe(config: RunConfig, preset: str | None = None) -> str:
     return "\n".join([title, *(f"  {line}" for line in changes.splitlines())]) if changes else f"{title}\n  nothing is changed"
 
 
-class _Parser(HfArgumentParser):
-    """Flags are collected without defaults, so that what was given is known; defaults are the dataclasses' own."""
+class ConfigParser(argparse.ArgumentParser):
+    """The parser of `parse_arguments`, which may be a command's.
 
-    def __init__(self, kinds: Sequence[type], description: str | None, epilog: str | None):
+    Flags are collected without defaults, so that what was given is known; defaults are the dataclasses' own.
+
+    Args:
+        kinds: as for `parse_arguments`.
+        description: first lines of `--help`.
+        epilog: its last lines.
+        how: further arguments of an `ArgumentParser`, as in prog.
+    """
+
+    def __init__(self, kinds: Sequence[type], *, description: str | None = None, epilog: str | None = None, **how: Any):
         self.kinds, self.types = tuple(kinds), _types_of(kinds)
         run = next((kind for kind in kinds if issubclass(kind, RunConfig)), None)
         presets = run.presets() if run is not None else {}
@@ -120,7 +125,7 @@ class _Parser(HfArgumentParser):
             self.aliases[BATCH] = "labels_per_step"
         usage = f"%(prog)s {'[--preset NAME] ' if presets else ''}[--config FILE.yaml] [--option value ...]"
         text = HelpFormatter.epilog(self.aliases, presets, epilog)
-        super().__init__(usage=usage, description=description, epilog=text, formatter_class=HelpFormatter, allow_abbrev=False)
+        super().__init__(usage=usage, description=description, epilog=text, formatter_class=HelpFormatter, allow_abbrev=False, **how)
         group = self.add_argument_group("where values come from")
         group.add_argument(
             "--config", metavar="FILE.yaml", default=SUPPRESS, help="values by the options' names; over a preset's, under flags"
@@ -129,34 +134,24 @@ class _Parser(HfArgumentParser):
             self.types["preset"] = str | None
             group.add_argument("--preset", metavar="NAME", default=SUPPRESS, help="a published recipe; they are listed below")
         for kind in self.kinds:
-            self._add_dataclass_arguments(kind)  # type: ignore[arg-type]
+            self._add_fields(kind)
         for alias, target in self.aliases.items():
             self._add_alias(alias, self._option_string_actions[f"--{target}"])
 
-    def _add_dataclass_arguments(self, dtype: Any) -> None:
-        hints = get_type_hints(dtype)
-        for title, names in sections_of(dtype):
+    def _add_fields(self, kind: Any) -> None:
+        for title, names in sections_of(kind):
             group = self.add_argument_group(title)
             for name in names:
-                field = copy.copy(dtype.__dataclass_fields__[name])  # the parser rewrites its type
-                field.type = hints[name]
-                self._parse_dataclass_field(group, field)  # type: ignore[arg-type]
-                self._adapt(group, field, hints[name])
+                self._add_field(group, kind.__dataclass_fields__[name], self.types[name])
 
-    def _adapt(self, group: Any, field: dataclasses.Field, kind: Any) -> None:
+    def _add_field(self, group: Any, field: dataclasses.Field, kind: Any) -> None:
         """No default, a list may be empty, every switch has its opposite, and `none` is None."""
-        action = self._option_string_actions[f"--{field.name}"]
-        action.default, action.required, action.metavar = SUPPRESS, False, metavar_of(kind)
-        action.help = f"{field.metadata.get('help', '')} ({default_in_words(field)})".replace("%", "%%").strip()
-        if get_origin(kind) is list:
-            action.nargs = "*"
-        if type(None) in get_args(kind):
-            action.type = _or_none(action.type or str)
+        text = f"{field.metadata.get('help', '')} ({default_in_words(field)})".replace("%", "%%").strip()
+        shared: dict[str, Any] = {"dest": field.name, "default": SUPPRESS}
+        add = lambda name, **how: group.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **shared, **how)
+        add(field.name, help=text, metavar=metavar_of(kind), **_reader(kind))
         if kind is bool:
-            opposite = f"--no_{field.name}"
-            if opposite not in self._option_string_actions:
-                group.add_argument(opposite, opposite.replace("_", "-"), action="store_false", dest=field.name)
-            self._option_string_actions[opposite].default = self._option_string_actions[opposite].help = SUPPRESS
+            add(f"no_{field.name}", help=SUPPRESS, action="store_false")
 
     def _add_alias(self, alias: str, action: Any) -> None:
         spellings = dict.fromkeys((f"--{alias}", f"--{alias.replace('_', '-')}"))
@@ -167,12 +162,28 @@ class _Parser(HfArgumentParser):
         """One line: the usage of many options would hide it."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
 
-    def read(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        namespace, rest = self.parse_known_args([self._spelled_our_way(word) for word in argv])
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """All of them are known, or it is a mistake."""
+        try:
+            words = [self._spelled_our_way(word) for word in (sys.argv[1:] if args is None else args)]
+        except ValueError as error:
+            self.error(str(error))
+        namespace, rest = super().parse_known_args(words, namespace)
         if rest:
-            raise ValueError(f"{rest[0]!r} belongs to no option: options start with --, and a value with spaces stands in quotes")
-        given = vars(namespace)
-        file = given.pop("config", None)
+            self.error(f"{rest[0]!r} belongs to no option: options start with --, and a value with spaces stands in quotes")
+        return namespace, rest
+
+    def values(self, namespace: argparse.Namespace) -> tuple[Any, ...]:
+        """One instance of each kind from what was parsed; a mistake ends the program."""
+        try:
+            return self._values(
+                {name: value for name, value in vars(namespace).items() if name in self.types or name in self.aliases}, namespace
+            )
+        except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+            self.error(str(error))
+
+    def _values(self, given: Mapping[str, Any], namespace: argparse.Namespace) -> tuple[Any, ...]:
+        file = getattr(namespace, "config", None)
         flags = self._by_field(given, "on the command line")
         values = self._by_field(self._read_yaml(file), f"in {file}") | flags if file is not None else flags
         return tuple(self._build(kind, values) for kind in self.kinds)
@@ -258,6 +269,26 @@ def _types_of(kinds: Iterable[type]) -> dict[str, Any]:
             owners[field.name] = kind.__name__
             found[field.name] = get_type_hints(kind)[field.name]
     return found
+
+
+def _reader(kind: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type."""
+    parts = get_args(kind)
+    if type(None) in parts:
+        how = _reader(next(part for part in parts if part is not type(None)))
+        return how | {"type": _or_none(how.get("type", str))} | ({"choices": [*how["choices"], None]} if "choices" in how else {})
+    if get_origin(kind) is Literal:
+        return {"choices": list(parts)}
+    if get_origin(kind) is list:
+        return {"type": parts[0], "nargs": "*"}
+    return {"type": _truth, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "yes": True, "t": True, "y": True, "1": True, "false": False, "no": False, "f": False, "n": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return words[text.lower()]
 
 
 def _or_none(convert: Any) -> Any:

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = argparse.Namespace(traceback="--traceback" in words)
     try:
-        options = _parser(_chosen(words)).parse_args(words)
+        options = _parser(_chosen(words)).parse_args(words, argparse.Namespace(words=words))
         options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
