@@ -1,6 +1,7 @@
 """A Hub on 127.0.0.1, as much of one as pushing to it and loading from it needs.
 
-Repositories are dictionaries of commits, commits are dictionaries of files. Every file is uploaded whole ("regular"), so neither LFS nor xet is asked for.
+Repositories are dictionaries of commits, commits are dictionaries of files. Files are uploaded whole ("regular"), and larger ones by git-lfs where
+`lfs_above` says so, which takes HF_HUB_DISABLE_XET=1; xet itself is not spoken.
 """
 
 import base64
@@ -25,11 +26,18 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    large: set[str] = field(default_factory=set)
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         sha = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode(), usedforsecurity=False).hexdigest()
         self.commits[sha], self.refs[branch] = files, sha
         return sha
+
+    def open(self, files: dict[str, bytes]) -> int:
+        """The number of a new pull request that holds these files."""
+        number = 1 + sum(ref.startswith("refs/pr/") for ref in self.refs)
+        self.commit(files, f"refs/pr/{number}")
+        return number
 
     def sha(self, revision: str) -> str | None:
         return revision if revision in self.commits else self.refs.get(revision)
@@ -46,6 +54,7 @@ class Fault:
         status: the answer, with `headers` and `message`.
         cut: instead, hang up after so many bytes of the request's body.
         gate: instead, go on once it is set.
+        slow: instead, read the request and send the answer in pieces of so many bytes, with a pause after each.
         seen: how many requests there were to that path.
         arrived: set when the first of them meets the fault.
     """
@@ -58,6 +67,7 @@ class Fault:
     message: str = "as the test wants"
     cut: int | None = None
     gate: threading.Event | None = None
+    slow: int | None = None
     seen: int = 0
     arrived: threading.Event = field(default_factory=threading.Event)
 
@@ -71,6 +81,8 @@ class Fault:
 class LoopbackHub:
     """With `with`: `url` is the endpoint, `repositories` what was pushed, `requests` what was asked for, `faults` what goes wrong.
 
+    Files of more than `lfs_above` bytes come by git-lfs, and `objects` holds those that came.
+
     `cuts` holds files whose next download breaks off, with how many bytes it gets; `ranges` the bytes that downloads went on from.
     """
 
@@ -80,6 +92,8 @@ class LoopbackHub:
         self.faults: list[Fault] = []
         self.cuts: dict[str, int] = {}
         self.ranges: list[tuple[str, int]] = []
+        self.lfs_above: int | None = None
+        self.objects: dict[str, bytes] = {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -115,6 +129,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.route("POST")
 
+    def do_PUT(self) -> None:
+        self.route("PUT")
+
     def route(self, method: str) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((method, path))
@@ -122,13 +139,14 @@ class Handler(BaseHTTPRequestHandler):
         if faults and self.goes_wrong(faults[0]):
             return
         body = self.body()
-        parts = path.strip("/").split("/")
-        if path == "/api/whoami-v2":
-            self.reply({"name": "tester", "type": "user", "orgs": []} if self.trusted else None, status=200 if self.trusted else 401)
-        elif path == "/api/validate-yaml":
-            self.reply({"errors": [], "warnings": []})
-        elif path == "/api/repos/create":
-            self.create(json.loads(body))
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]  # a revision may have slashes
+        if path in ("/api/whoami-v2", "/api/validate-yaml", "/api/repos/create"):
+            self.account(parts[-1], body)
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self.batch("/".join(parts[:2]).removesuffix(".git"), json.loads(body))
+        elif path.startswith("/lfs/"):
+            self.hub.objects[parts[1]] = body
+            self.reply({})
         elif path.startswith("/api/models/"):
             self.api("/".join(parts[2:4]), parts[4:], body)
         elif "resolve" in parts:
@@ -137,11 +155,22 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply({"error": f"no such endpoint: {method} {path}"}, status=404)
 
+    def account(self, verb: str, body: bytes) -> None:
+        if verb == "validate-yaml":
+            self.reply({"errors": [], "warnings": []})
+        elif verb == "whoami-v2":
+            self.reply({"name": "tester", "type": "user", "orgs": []} if self.trusted else None, status=200 if self.trusted else 401)
+        else:
+            self.create(json.loads(body))
+
     def goes_wrong(self, fault: Fault) -> bool:
         """Whether that was all of the answer."""
         fault.arrived.set()
         if fault.gate is not None:
             fault.gate.wait()
+            return False
+        if fault.slow is not None:
+            self.rfile, self.wfile = Slow(self.rfile, fault.slow), Slow(self.wfile, fault.slow)
             return False
         if fault.cut is not None:
             self.rfile.read(fault.cut)
@@ -202,18 +231,17 @@ class Handler(BaseHTTPRequestHandler):
             return None
         verb, revision = (rest + ["revision", "main"][len(rest) :])[:2]
         if verb == "branch":
-            if revision in repository.refs:
-                return self.refuse(409, "BranchExists")
-            start = json.loads(body or b"{}").get("startingPoint", "main")
-            repository.refs[revision] = repository.sha(start) or start
-            return self.reply({})
+            return self.branch(repository, revision, json.loads(body or b"{}").get("startingPoint", "main"))
+        if verb == "discussions":
+            return self.discussion(repository, name, rest[1:])
         sha = repository.sha(revision)
         if sha is None:
             return self.refuse(404, "RevisionNotFound")
         files = repository.commits[sha]
         if verb == "preupload":
-            asked = json.loads(body)["files"]
-            return self.reply({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]})
+            asked, above = json.loads(body)["files"], self.hub.lfs_above
+            mode = lambda file: "regular" if above is None or file["size"] <= above else "lfs"
+            return self.reply({"files": [{"path": f["path"], "uploadMode": mode(f), "shouldIgnore": False} for f in asked]})
         if verb == "commit":
             return self.commit(repository, name, revision, files, body)
         if verb == "tree":
@@ -221,6 +249,29 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(
             {"id": name, "sha": sha, "private": repository.private, "siblings": [{"rfilename": path} for path in sorted(files)]}
         )
+
+    def branch(self, repository: Repository, name: str, start: str) -> None:
+        if name in repository.refs:
+            return self.refuse(409, "BranchExists")
+        repository.refs[name] = repository.sha(start) or start
+        return self.reply({})
+
+    def discussion(self, repository: Repository, name: str, number: list[str]) -> None:
+        """An empty pull request, as the client opens one where it has xet, and what it wants to know of it."""
+        num = int(number[0]) if number else repository.open(repository.files())
+        about = {"num": num, "title": "a pull request", "status": "draft", "isPullRequest": True, "createdAt": "2026-01-01T00:00:00.000Z"}
+        about |= {"author": {"name": "tester"}, "repo": {"name": name, "type": "model"}, "events": [], "diff": "", "filesWithConflicts": []}
+        return self.reply(about | {"changes": {"base": "refs/heads/main"}})
+
+    def batch(self, name: str, wanted: dict) -> None:
+        """Where git-lfs is to put its objects; one that is here is not asked for again."""
+        if self.repository(name) is None:
+            return None
+        if not self.trusted:
+            return self.refuse(401, "Unauthorized")
+        there = lambda oid: {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{oid}"}}} if oid not in self.hub.objects else {}
+        objects = [{"oid": wish["oid"], "size": wish["size"], **there(wish["oid"])} for wish in wanted["objects"]]
+        return self.reply({"transfer": "basic", "objects": objects})
 
     def commit(self, repository: Repository, name: str, branch: str, files: dict[str, bytes], body: bytes) -> None:
         if not self.trusted:
@@ -231,13 +282,22 @@ class Handler(BaseHTTPRequestHandler):
             message = value.get("summary", message)
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+                repository.large.add(value["path"])
             elif line["key"] == "deletedFile":
                 files.pop(value["path"])
             elif line["key"] != "header":
                 return self.refuse(400, f"Unknown:{line['key']}")
+        answer = {}
+        if "create_pr=1" in urlsplit(self.path).query:
+            number = repository.open(files)
+            branch, answer = f"refs/pr/{number}", {"pullRequestUrl": f"{self.hub.url}/{name}/discussions/{number}"}
         sha = repository.commit(files, branch)
         repository.messages.append(message)
-        return self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "hookOutput": ""})
+        return self.reply(
+            answer | {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "hookOutput": ""}
+        )
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repository = self.repository(name)
@@ -267,6 +327,31 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[:after])
         self.wfile.flush()
         self.close_connection = True
+
+
+class Slow:
+    """A connection that reads and writes a few bytes at a time."""
+
+    def __init__(self, stream, piece: int):
+        self.stream, self.piece = stream, piece
+
+    def read(self, size: int) -> bytes:
+        pieces = []
+        while size > 0 and (got := self.stream.read(min(self.piece, size))):
+            size -= len(got)
+            pieces.append(got)
+            threading.Event().wait(0.001)
+        return b"".join(pieces)
+
+    def write(self, data: bytes) -> int:
+        for i in range(0, len(data), self.piece):
+            self.stream.write(data[i : i + self.piece])
+            self.stream.flush()
+            threading.Event().wait(0.001)
+        return len(data)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def environment_of(home: Path, endpoint: str) -> dict[str, str]:

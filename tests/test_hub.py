@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 from loopback_hub import LoopbackHub, Repository, run_script
 
@@ -142,6 +143,7 @@ def test_a_push_holds_the_folder_and_our_card(pushed, home):
         "README.md",
         "model_index.json",
         "pipeline.py",
+        "samples.png",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
         "transformer/modeling_drifting.py",
@@ -272,5 +274,5 @@ def test_a_network_that_fails_replaces_nobodys_readme(tmp_path):
         DriftingGenerator(sample_size=8, in_channels=1, num_classes=2, num_layers=1, num_attention_heads=1, attention_head_dim=8)
     )
     with pytest.raises(LocalEntryNotFoundError):
-        hub.write_card(pipe, tmp_path, "user/repository")
+        hub.settle_card(HfApi(), pipe, tmp_path, "user/repository")
     assert not (tmp_path / "README.md").exists()

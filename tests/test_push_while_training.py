@@ -1,16 +1,21 @@
 """Pushing while a run goes on, to a Hub on 127.0.0.1: what each strategy leaves there, and that a dead Hub costs nothing but a sentence."""
 
 import functools
+import io
 import json
 import sys
 
 import pytest
+import yaml
 from huggingface_hub import constants, hf_api
+from loopback_hub import Repository
+from PIL import Image
 from test_callbacks import trainer
 from test_pushing import NAME, files, messages, server
 from test_trainer import images, one_accelerator_per_test
 
 from drifting_diffusers import DriftingPipeline
+from drifting_diffusers.cards import is_ours
 from drifting_diffusers.pushing import Pusher
 
 __all__ = ["images", "one_accelerator_per_test", "server"]
@@ -22,6 +27,8 @@ MODEL = {
     "model_index.json",
     "pipeline.py",
     "results.json",
+    "samples.png",
+    "curves.png",
     "transformer/config.json",
     "transformer/modeling_drifting.py",
     "transformer/diffusion_pytorch_model.safetensors",
@@ -77,6 +84,9 @@ def test_each_strategy_leaves_what_it_promises(strategy, told, folders, images, 
     assert results["step"] == 6
     assert results["metrics"]["energy"] == found["energy"]
     assert f"{found['energy']:.3g}"[:4] in there["README.md"].decode()
+    for picture in ("samples.png", "curves.png"):
+        assert f"]({picture})" in there["README.md"].decode()
+        assert is_ours(io.BytesIO(there[picture]))
     for folder in folders:
         step = 6 if folder == "last-checkpoint" else int(folder.split("-")[1])
         assert json.loads(there[f"{folder}/trainer_state.json"])["step"] == step
@@ -128,9 +138,34 @@ def test_a_run_is_pushed_by_hand_with_the_numbers_of_its_last_evaluation(images,
     there = server.repositories["tester/other"]
     assert there.messages[-1] == "by hand"
     assert json.loads(there.files()["results.json"])["metrics"]["energy"] == found["energy"]
-    again = trainer(images, tmp_path / "run", max_steps=2)
-    again.push_to_hub()
+    again = trainer(images, tmp_path / "run", max_steps=2, hub_private_repo=True)
+    again.about = {"base_model": "user/base"}
+    again.push_to_hub(card={"license": "mit", "datasets": ["user/data"]})
     assert set(files(server)) == MODEL
+    assert server.repositories[NAME].private
+    about = yaml.safe_load(files(server)["README.md"].decode().split("---\n")[1])
+    assert (about["license"], about["datasets"], about["base_model"]) == ("mit", ["user/data"], "user/base")
+    again.push_to_hub(revision="wip")
+    again.push_to_hub(create_pr=True)
+    assert set(files(server, "wip")) == set(files(server, "refs/pr/1")) == MODEL
+
+
+def test_pictures_of_the_user_stay_beside_a_saved_model_and_in_the_repository(images, tmp_path, server):
+    run = trainer(images, tmp_path / "run", **PUSHING, max_steps=2)
+    mine = io.BytesIO()
+    Image.new("RGB", (4, 4), "blue").save(mine, format="PNG")
+    server.repositories[NAME] = Repository()
+    server.repositories[NAME].commit({"samples.png": mine.getvalue()})
+    found = run.train()
+    assert files(server)["samples.png"] == mine.getvalue()
+    assert is_ours(io.BytesIO(files(server)["curves.png"]))
+    folder = run.save_model()
+    assert is_ours(folder / "samples.png")
+    assert is_ours(folder / "curves.png")
+    (folder / "samples.png").write_bytes(mine.getvalue())
+    run.save_model()
+    assert (folder / "samples.png").read_bytes() == mine.getvalue()
+    assert found == trainer(images, tmp_path / "other", max_steps=2).train()  # pictures and pushes change no number
 
 
 def test_a_name_that_no_repository_can_have_is_refused_before_any_work(images, tmp_path):

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,39 @@ def test_a_connection_that_breaks_in_the_middle_of_an_upload(pusher, server, che
     assert pusher.finish() == []
     assert waits == [2.0]
     assert files(server)["transformer/model.safetensors"] == content
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_large_file_that_is_cut_or_refused(pusher, server, checkpoint, waits, monkeypatch, cut):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's own waits
+    server.lfs_above = 1_000
+    content = bytes(range(256)) * 8_000
+    (checkpoint / "transformer/model.safetensors").write_bytes(content)
+    fault = server.fail("/lfs/", times=7 if cut else 99, **({"cut": 100_000} if cut else {"status": 403}))
+    pusher.push(checkpoint, message="first")
+    failures = pusher.finish()
+    if cut:
+        assert failures == []
+        assert fault.seen == 8
+        assert files(server)["transformer/model.safetensors"] == content
+    else:
+        assert "the Hub answered 403 (as the test wants): the token" in failures[0]
+        assert waits == []
+
+
+def test_a_slow_peer_is_waited_for(pusher, server, checkpoint, waits):
+    server.fail(COMMIT, slow=20)
+    pusher.push(checkpoint, message="first")
+    assert pusher.finish() == waits == []
+    assert messages(server) == ["first"]
+
+
+def test_a_public_repository_is_no_private_one(server, checkpoint):
+    for private in (False, True):
+        pusher = Pusher(NAME, private=private)
+        pusher.push(checkpoint, message="first")
+        failures = pusher.finish()
+        assert [f"{NAME} is public already" in failure for failure in failures] == [True] * private
 
 
 def test_offline_is_told_at_once(pusher, checkpoint, waits, monkeypatch):

@@ -1,6 +1,7 @@
 """The trainer of feature encoders: random crops, masks, reconstructions, and in the end classes (arXiv 2602.04770, A.3)."""
 
 import contextlib
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +10,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.trainer_callback import TrainerCallback
 
+from .cards import RESULTS, SAMPLES, evaluation_results, save_marked
 from .config import EncoderConfig
 from .data import LabelledImages, RealSamples
 from .encoder_draws import EncoderBatch, EncoderDraws
 from .encoders import MaskedAutoencoder
 from .extractors import digest
+from .files import write_text
 from .image_streams import ImageStream, TrainingStream
 from .loop import COUNTS, TrainingLoop
 from .losses import NonFinite
@@ -269,8 +273,17 @@ class MaskedAutoencoderTrainer(TrainingLoop):
         return folder
 
     def _save_model(self, folder: Path) -> MaskedAutoencoder:
+        """The encoder, with the numbers of the last evaluation and its picture for its card."""
         encoder = self._averaged()
         encoder.save_pretrained(folder)
+        done = [
+            {name: value for name, value in entry.items() if name not in COUNTS} for entry in self.log_history if "reconstruction" in entry
+        ]
+        if done:
+            write_text(folder / RESULTS, json.dumps(evaluation_results(done[-1], **self.about), indent=2))
+        for preview in sorted((self.run.path / "previews").glob("step-*.png"))[-1:]:
+            with Image.open(preview) as picture:
+                save_marked(picture, folder / SAMPLES)
         return encoder
 
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
@@ -278,9 +291,10 @@ class MaskedAutoencoderTrainer(TrainingLoop):
 
         Args:
             repo_id: `config.hub_model_id`, or the folder's name, if not given.
-            **kwargs: commit_message, private, token, create_pr, as `MaskedAutoencoder.push_to_hub` takes them.
+            **kwargs: as `MaskedAutoencoder.push_to_hub` takes them; private is `config.hub_private_repo` if not given.
         """
         encoder, name = self.encoder(), repo_id or repository_of(self.config)
+        kwargs = ({"private": True} if self.config.hub_private_repo else {}) | kwargs
         return self._from_main(lambda: str(encoder.push_to_hub(name, **kwargs)))
 
 

@@ -6,18 +6,35 @@ while our own class reads the names back as what they stand for, runs nothing fr
 """
 
 import copy
+import io
 import json
-import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import EvalResult, ModelCardData, create_repo, hf_hub_download, snapshot_download, upload_folder
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub import HfApi, constants, snapshot_download
+from PIL import Image
+
+from .cards import (
+    CARD_MARK,
+    CURVES,
+    PICTURES,
+    README,
+    RESULTS,
+    SAMPLES,
+    is_ours,
+    model_card,
+    network_card,
+    read_about,
+    sample_sheet,
+    save_marked,
+)
+from .remote import NotDone, Patience, file_there, open_repository
 
 INDEX = "model_index.json"
 SHIM = "from drifting_diffusers import {name} as {name}\n"
@@ -25,8 +42,6 @@ SHIM = "from drifting_diffusers import {name} as {name}\n"
 # What the index says on disk, and what it means to us.
 PIPELINE_ON_DISK, PIPELINE = ["pipeline", "DriftingPipeline"], "DriftingPipeline"
 GENERATOR_ON_DISK, GENERATOR = ["modeling_drifting", "DriftingGenerator"], ["drifting_diffusers.generator", "DriftingGenerator"]
-
-CARD_MARK = "<!-- Rendered by drifting_diffusers; delete this line and the next push keeps the card as you left it. -->"
 
 
 def to_published(index: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,9 +94,10 @@ def download_components(
 
     Raises:
         ValueError: if no component has weights of the variant.
+        OSError: if the Hub does not give them.
     """
     components = list(components)
-    fetch = partial(snapshot_download, repo_id, **where)
+    fetch = partial(_fetched, repo_id, **where)
     allow = [INDEX, *(f"{name}/*.json" for name in components)]
     plain = components
     if variant is not None:
@@ -93,6 +109,20 @@ def download_components(
         if not plain:
             return folder
     return fetch(allow_patterns=[*allow, *(f"{name}/*.{suffix}" for name in plain)], ignore_patterns=[f"*.*.{suffix}"])
+
+
+def _fetched(repo_id: str, **what: Any) -> str:
+    """The folder of a snapshot; what is cut off goes on from where it was, so it is asked for again."""
+    fetch = partial(snapshot_download, repo_id, **what)
+    if what.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        return fetch()
+    try:
+        return Patience(attempts=3, longest_wait=60).ask(fetch)
+    except NotDone as error:
+        raise OSError(f"{repo_id} could not be fetched: {error}; what has arrived is kept, so the same call goes on from there") from error
+
+
+PUSHING = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "card", "samples")
 
 
 class PushWithCard:
@@ -111,29 +141,33 @@ class PushWithCard:
     ) -> None:
         """As in diffusers; adapters become part of the weights.
 
-        With `push_to_hub` the repository `repo_id` (by default the folder's name) gets our card unless it has its own README.
+        With `push_to_hub` the folder is uploaded to the repository `repo_id` (by default of the folder's name), with our card unless somebody wrote
+        one, and further arguments are those of `upload`. Numbers come from `results.json`, if the folder has it.
         """
         # By name, because a pipeline asks its components' signatures what it may pass on.
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         options |= {"use_flashpack": use_flashpack}
         defaults = {"safe_serialization": True, "use_flashpack": False}
         kwargs |= {name: value for name, value in options.items() if value != defaults.get(name)}
-        pushing = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "token", "create_pr") if key in kwargs}
+        pushing = {key: kwargs.pop(key) for key in PUSHING if key in kwargs}
         super(PushWithCard, with_plain_weights(self)).save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        samples = Path(save_directory, SAMPLES)
+        if kwargs.get("is_main_process", True) and samples.exists() and is_ours(samples):
+            samples.unlink()  # of the weights that were here before
         if push_to_hub and kwargs.get("is_main_process", True):
             upload(self, save_directory, pushing.pop("repo_id", Path(save_directory).name), **pushing)
 
     def push_to_hub(
         self, repo_id: str, *, safe_serialization: bool = True, variant: str | None = None, max_shard_size: Any = None, **kwargs: Any
     ) -> Any:
-        """Save to a temporary folder and upload it.
+        """Save to a temporary folder and upload it; returns the commit, with `pr_url` and `pr_revision` of a pull request.
 
         Args:
             repo_id: the repository, made if it is new.
             safe_serialization: whether to save as safetensors.
             variant: goes into the names of the weights, as in "fp16".
             max_shard_size: of a file, as in "5GB".
-            kwargs: commit_message, private, token, create_pr.
+            kwargs: commit_message, private, token, revision, create_pr, card, samples; see `upload`.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size)
@@ -158,156 +192,111 @@ def upload(
     commit_message: str | None = None,
     private: bool | None = None,
     token: str | None = None,
+    revision: str | None = None,
     create_pr: bool = False,
+    card: Mapping[str, Any] | str | os.PathLike | None = None,
+    samples: bool = True,
+    wait: Callable[[float], Any] | None = None,
 ) -> Any:
-    """Upload a saved pipeline or network; the repository is made if it is new, and gets our card if it has none of its own."""
-    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    write_card(model, folder, repo_id, token=token)
-    message = commit_message or f"Upload {type(model).__name__}"
-    return upload_folder(repo_id=repo_id, folder_path=str(folder), token=token, commit_message=message, create_pr=create_pr)
+    """Upload a saved pipeline or network, with our card and a picture of samples unless somebody made others; see `settle_card`.
 
-
-def write_card(model: Any, folder: str | os.PathLike, repo_id: str, *, token: str | None = None) -> None:
-    """Put a README.md in `folder`.
-
-    The first of these: what somebody wrote there; what somebody wrote in the repository; what we rendered there; a card of ours with the numbers of
-    results.json. What we rendered carries `CARD_MARK`.
-
-    Raises:
-        OSError: if it cannot be known whether somebody wrote a README there.
-    """
-    readme, results = Path(folder, "README.md"), Path(folder, "results.json")
-    rendered = readme.read_text(encoding="utf-8") if readme.exists() else None
-    if rendered is not None and CARD_MARK not in rendered:
-        return
-    try:
-        text = Path(hf_hub_download(repo_id, "README.md", token=token)).read_text(encoding="utf-8")
-    except RemoteEntryNotFoundError:  # the Hub says so; a network that fails says nothing of what somebody wrote
-        text = CARD_MARK
-    if CARD_MARK in text and rendered is not None:
-        return
-    if CARD_MARK in text:
-        measured = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
-        text = (
-            model_card(model, measured, repo_id=repo_id) if isinstance(model, DiffusionPipeline) else network_card(model, repo_id=repo_id)
-        )
-    readme.write_text(text, encoding="utf-8")
-
-
-def model_card(pipeline: DiffusionPipeline, results: Mapping[str, Any] | None = None, *, repo_id: str = "user/repository") -> str:
-    """The text of a README.md: what the generator is, how to draw from it, and measured numbers if there are any.
+    What passes, such as a busy server or a connection that is cut, is tried four times, but not a pull request, which could be opened twice.
 
     Args:
-        pipeline: the pipeline that is published.
-        results: {"metrics": {"fid": 12.3}} and how they were made: "dataset" and "license" go into the metadata as well, every other entry
-            (seeds, number of samples, command, commit) is printed as it is. "base_model" is the repository that was fine-tuned, and
-            "base_model_relation" how: "finetune", if not given, or "adapter".
-        repo_id: where the snippet loads from.
+        model: what was saved.
+        folder: where.
+        repo_id: the repository, made if it is new; without a user's name it is the token's own.
+        commit_message: of the commit; the title of a pull request.
+        private: make it private, should it be new; one that is public already is refused.
+        token: of the Hub; the stored one if not given.
+        revision: branch to push to, made from the main one if it is new; or the "refs/pr/1" of a pull request to add to.
+        create_pr: open a pull request to the main branch.
+        card: what the card says beside the folder's results.json, or in place of it: {"license": "mit", "datasets": ["user/data"], "base_model":
+            "user/base"} and what else `cards.ABOUT` names, "metrics" and how they were made; or a results.json.
+        samples: whether a picture of samples is drawn where none is, for a card of ours.
+        wait: waits for so many seconds between attempts.
 
     Raises:
-        ValueError: if a metric is not a finite number.
+        ValueError: for what contradicts itself, and for a `card` with entries that it would not show.
+        OSError: if the Hub refuses, or cannot be reached; the message says what helps.
     """
-    results = dict(results or {})
-    metrics, config = dict(results.pop("metrics", {})), pipeline.transformer.config
-    bad = {name: value for name, value in metrics.items() if not isinstance(value, int | float) or not math.isfinite(value)}
-    if bad:
-        raise ValueError(f"metrics must be finite numbers, got {bad}: leave out what was not measured")
-    sides = f"{pipeline.transformer.sample_height} x {pipeline.transformer.sample_width}"
-    classes = f"{config.num_classes} classes" if config.num_classes else "no class labels"
-    # Adapters are saved as part of the other weights.
-    weights = sum(p.numel() for name, p in pipeline.transformer.named_parameters() if "lora_" not in name)
-    base = {name: results.pop(name) for name in ("base_model", "base_model_relation") if name in results}
-    decoder = f", decoded by an `{type(pipeline.vae).__name__}`" if pipeline.vae is not None else ""
-    parts = [
-        f"---\n{_metadata(repo_id, config.num_classes, results | base, metrics)}\n---\n{CARD_MARK}",
-        f"# {repo_id.split('/')[-1]}",
-        "A one-step image generator trained with drifting ([Generative Modeling via Drifting](https://arxiv.org/abs/2602.04770)): one network call "
-        f"per image. Samples are {pipeline.transformer.out_channels} x {sides}{decoder}; it knows {classes} and has {weights:,} weights.",
-        *(
-            [f"It was fine-tuned from [{base['base_model']}](https://huggingface.co/{base['base_model']})."]
-            if base.get("base_model")
-            else []
-        ),
-        f"```bash\npip install drifting-diffusers\n```\n\n```python\n{_snippet(pipeline, repo_id)}\n```",
-        f'`DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)` loads the same pipeline, with the package installed.',
-    ]
-    if metrics:
-        parts.append("\n".join(["## Results", "", *_rows(metrics, results), "", *_how(results)]))
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
+        raise ValueError(f"a pull request is to the main branch, got create_pr=True and revision={revision!r}: leave one of them out")
+    api, folder, about = HfApi(token=token), Path(folder), read_about(card)
+    patience, once = Patience(attempts=4, longest_wait=60), Patience(attempts=1)
+    try:
+        repo_id = patience.ask(lambda: open_repository(api, repo_id, private=private, revision=revision), wait=wait)
+        settle = partial(settle_card, api, model, folder, revision=revision, about=about, samples=samples)
+        theirs = patience.ask(lambda: settle(repo_id), wait=wait)
+        push = partial(api.upload_folder, repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr)
+        message = commit_message or f"Upload {type(model).__name__}"
+        return (once if create_pr else patience).ask(lambda: push(commit_message=message, ignore_patterns=[*theirs]), wait=wait)
+    except NotDone as error:
+        raise OSError(f"Pushing to {repo_id} failed: {error}. Push again when that is settled") from error
 
 
-def network_card(model: Any, *, repo_id: str = "user/repository") -> str:
-    """The text of a README.md for a network alone, a generator or a feature encoder: what it is and how to load it."""
-    name, weights = type(model).__name__, sum(p.numel() for p in model.parameters())
-    choices = "\n".join(f"| {key} | {value} |" for key, value in model.config.items() if not key.startswith("_"))
-    data = ModelCardData(library_name="drifting-diffusers", tags=["diffusers", "drifting", "arxiv:2602.04770"])
-    return "\n\n".join([
-        f"---\n{data.to_yaml()}\n---\n{CARD_MARK}",
-        f"# {repo_id.split('/')[-1]}",
-        f"A `{name}` of {weights:,} weights, of a drifting model ([Generative Modeling via Drifting](https://arxiv.org/abs/2602.04770)).",
-        f'```bash\npip install drifting-diffusers\n```\n\n```python\nfrom drifting_diffusers import {name}\n\n'
-        f'model = {name}.from_pretrained("{repo_id}")\n```',
-        f"## Configuration\n\n| | |\n|---|---|\n{choices}\n",
-    ])  # fmt: skip
+def settle_card(
+    api: HfApi,
+    model: Any,
+    folder: Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    samples: bool = False,
+) -> list[str]:
+    """Put our card into a folder that is about to be pushed, unless somebody wrote one there or in the repository; pictures likewise.
+
+    A card of ours that is there stays if it has other sources than results.json, as those of converted releases.
+
+    Args:
+        api: with the token.
+        model: what the card is of; without it only what is there is judged.
+        folder: may have README.md, results.json, samples.png and curves.png.
+        repo_id: the repository.
+        revision: branch; the main one if not given.
+        about: what the card says beside results.json.
+        samples: whether to draw samples for a card that is rendered, if there is no picture of them.
+
+    Returns:
+        names in the folder that must not be pushed, because the repository has somebody's own.
+
+    Raises:
+        OSError: if it cannot be known what the repository has.
+    """
+    here = (folder / README).read_text(encoding="utf-8") if (folder / README).exists() else None
+    there = partial(file_there, api, repo_id, revision=revision)
+    chosen = [name for name in PICTURES if (found := there(name)) is not None and not is_ours(io.BytesIO(found))]
+    theirs = [name for name in chosen if (folder / name).exists() and is_ours(folder / name)]
+    if here is not None and CARD_MARK not in here:
+        return theirs
+    found = there(README)
+    if found is not None and CARD_MARK.encode() not in found:
+        return [*theirs, README]
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8")) if (folder / RESULTS).exists() else {}
+    if model is None or (here is not None and not results and not about):
+        return theirs
+    if samples and SAMPLES not in chosen:
+        add_pictures(model, folder)
+    shown = [name for name in PICTURES if name in chosen or (folder / name).exists()]
+    render = model_card if isinstance(model, DiffusionPipeline) else network_card
+    (folder / README).write_text(render(model, {**results, **(about or {})}, repo_id=repo_id, pictures=shown), encoding="utf-8")
+    return theirs
 
 
-def _rows(metrics: Mapping[str, float], results: Mapping[str, Any]) -> list[str]:
-    """The table of numbers, with their deviation over seeds and the number of real images where there are any."""
-    deviations, real, better = (results.get(key) or {} for key in ("sd", "real", "better"))
-    spread = lambda name: f" ± {deviations[name]:.4g}" if deviations.get(name) is not None else ""
-    lines = [
-        f"| {name} | {value:.4g}{spread(name)} | {format(real[name], '.4g') if name in real else '-'} | {better.get(name, '-')} |"
-        for name, value in metrics.items()
-    ]
-    return ["| metric | value | real images | better |", "|---|---|---|---|", *lines]
+def add_pictures(model: Any, folder: Path, curves: Path | None = None) -> None:
+    """Put samples of a pipeline, and training curves where there are any, into its folder for its card. What is there stays.
 
-
-def _how(results: Mapping[str, Any]) -> list[str]:
-    """How the numbers were made, in lines; what is nested stays in results.json."""
-    known = {
-        key: value for key, value in results.items() if key not in ("sd", "real", "better", "meaning", "sweep", "reference", "extractor")
-    }
-    named = {key: results[key]["name"] for key in ("extractor",) if isinstance(results.get(key), Mapping) and "name" in results[key]}
-    text = lambda value: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else json.dumps(value)
-    return [f"- {name}: {value if isinstance(value, str) else text(value)}" for name, value in (known | named).items()]
-
-
-def _snippet(pipeline: DiffusionPipeline, repo_id: str) -> str:
-    config, names = pipeline.transformer.config, list(pipeline.config.labels)
-    wanted = json.dumps(
-        names[:2] if names and len(set(names)) == len(names) else list(range(min(2, config.num_classes))), ensure_ascii=False
-    )
-    what = wanted if config.num_classes else "num_images_per_label=2"
-    latent = pipeline.vae is None and pipeline.transformer.out_channels not in (1, 3)
-    arguments = [what, "generator=torch.Generator().manual_seed(0)", *(['output_type="latent"'] if latent else [])]
-    return "\n".join([
-        "import torch",
-        "from drifting_diffusers import DriftingPipeline",
-        "",
-        f'pipe = DriftingPipeline.from_pretrained("{repo_id}")',
-        f"images = pipe({', '.join(arguments)}).images",
-    ])  # fmt: skip
-
-
-def _metadata(repo_id: str, num_classes: int, results: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
-    dataset, task = results.get("dataset"), "unconditional-image-generation"  # of class-conditional models too; the Hub has no other name
-    conditional = ["class-conditional-image-generation"] if num_classes else []
-    evaluations = [
-        EvalResult(task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=name, metric_value=value)
-        for name, value in metrics.items()
-        if dataset  # a number without a dataset cannot stand in the index of the Hub
-    ]
-    base = results.get("base_model")
-    data = ModelCardData(
-        base_model=base,
-        base_model_relation=results.get("base_model_relation", "finetune") if base else None,
-        library_name="drifting-diffusers",  # with "diffusers" the Hub would show a text-to-image snippet
-        tags=["diffusers", "drifting", "one-step", *conditional, "arxiv:2602.04770"],
-        pipeline_tag=task,
-        license=results.get("license"),
-        datasets=[dataset] if dataset else None,
-        metrics=list(metrics) or None,
-        model_name=repo_id.split("/")[-1] if evaluations else None,
-        eval_results=evaluations or None,
-    )
-    return data.to_yaml()
+    Nothing is drawn of networks alone and of latents. What cannot be drawn is told as a warning.
+    """
+    if curves is not None and curves.exists() and (not (folder / CURVES).exists() or is_ours(folder / CURVES)):
+        with Image.open(curves) as picture:
+            save_marked(picture, folder / CURVES)
+    if (folder / SAMPLES).exists() or not isinstance(model, DiffusionPipeline):
+        return
+    if model.vae is None and model.transformer.out_channels not in (1, 3):
+        return
+    try:
+        save_marked(sample_sheet(model), folder / SAMPLES)
+    except Exception as error:  # a picture is worth no failure
+        warnings.warn(f"no samples can be drawn for the card: {error}; a {SAMPLES} of your own goes with it too", stacklevel=2)

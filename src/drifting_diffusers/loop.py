@@ -70,6 +70,7 @@ class TrainingLoop:
         self.step = self.skipped = self.overflows = 0
         self.seconds = 0.0  # of training, evaluations and checkpoints included, before and after every resume
         self.log_history: list[dict[str, Any]] = []
+        self.about: dict[str, Any] = {}  # what else cards should say: dataset, license, base_model; see `cards.ABOUT`
         self._waited = 0.0  # seconds since the last log in which a step waited for real samples
         self._logged = (0, time.monotonic())
         self._pusher: Pusher | None = None

@@ -10,22 +10,16 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
-from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers, validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+
+from .cards import PICTURES, README
+from .remote import NotDone, Patience, in_words, open_repository
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +27,6 @@ LINKED = (".safetensors", ".bin", ".pt", ".pth", ".pkl")
 """Endings of large files, which are written once: they are hard-linked. Logs and the like grow, so they are copied."""
 
 SNAPSHOT = ".push-"
-PASSING = {408, 412, 425, 429}
-"""Answers of 4xx that another attempt may not get; at 412 another commit came in between."""
-WAYS_OUT = {
-    401: "the token is missing or not valid: run `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there: take one with write permission, or a repository of your own",
-    404: "the repository, or its revision, is gone or hidden from this token: check the name and the token",
-}
-README = "README.md"
 
 
 @dataclass(frozen=True)
@@ -64,12 +50,10 @@ class Pusher:
 
     Args:
         repo_id: the repository, made if it is new; without a user's name it is the token's own.
-        private: make it private, should it be new.
+        private: make it private, should it be new; one that is public already is refused.
         revision: branch to push to, made if it is new; the main branch if not given.
         token: of the Hub; the stored one if not given.
-        attempts: how often a push is tried.
-        first_wait: seconds before the second attempt; each later wait is twice as long.
-        longest_wait: no wait is longer; a server that asks for more is not asked again.
+        attempts, first_wait, longest_wait: how often a push is tried, and how long is waited in between; see `Patience`.
         wait: waits for so many seconds; by default until `finish` has had enough, if that is sooner.
 
     Raises:
@@ -89,10 +73,8 @@ class Pusher:
         wait: Callable[[float], Any] | None = None,
     ):
         validate_repo_id(repo_id)
-        if attempts < 1 or first_wait <= 0 or longest_wait <= 0:
-            raise ValueError(f"attempts must be at least 1 and waits positive, got {attempts=}, {first_wait=}, {longest_wait=}")
         self.repo_id, self.private, self.revision, self.token = repo_id, private, revision, token
-        self.attempts, self.first_wait, self.longest_wait = attempts, first_wait, longest_wait
+        self.patience = Patience(attempts, first_wait, longest_wait)
         self._api = HfApi(token=token)
         self._given_up = threading.Event()
         self._wait = wait or self._given_up.wait
@@ -189,33 +171,21 @@ class Pusher:
 
     def _upload_patiently(self, push: _Push) -> str | None:
         """None for a push that arrived, else why it did not."""
-        why = ""
-        for attempt in range(self.attempts):
-            try:
-                self._upload(push)
-                return None
-            except Exception as error:  # nothing that happens here may reach training
-                why, passes, asked = _in_words(error), _passes(error), _seconds_asked_for(error)
-            if not passes:
-                return why
-            if asked is not None and asked > self.longest_wait:
-                return f"{why}; the server asks for {asked:.0f} s of patience, more than {self.longest_wait:g}"
-            if attempt + 1 < self.attempts:
-                logger.info("Pushing %r to %s: %s; once more", push.message, self.repo_id, why)
-                self._wait(min(self.first_wait * 2**attempt, self.longest_wait) if asked is None else asked)
-            if self._given_up.is_set():
-                break
-        return f"{why}, {self.attempts} times in a row" if self.attempts > 1 else why
+        tell = lambda why: logger.info("Pushing %r to %s: %s; once more", push.message, self.repo_id, why)
+        try:
+            self.patience.ask(lambda: self._upload(push), wait=self._wait, given_up=self._given_up.is_set, tell=tell)
+        except NotDone as error:
+            return str(error)
+        except Exception as error:  # nothing that happens here may reach training
+            return in_words(error)
+        return None
 
     def _upload(self, push: _Push) -> None:
         if not self._prepared:
-            self.repo_id = self._api.create_repo(self.repo_id, private=self.private or None, exist_ok=True).repo_id
-            if self.revision is not None:
-                self._api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            self.repo_id = open_repository(self._api, self.repo_id, private=self.private, revision=self.revision)
             self._prepared = True
         folder = Path(push.folder.name)
-        if not push.path_in_repo:
-            self._write_card(folder, push.model)
+        theirs = [] if push.path_in_repo else self._settle(folder, push.model)
         _check_unchanged(push)
         self._api.upload_folder(
             repo_id=self.repo_id,
@@ -223,32 +193,18 @@ class Pusher:
             path_in_repo=push.path_in_repo,
             commit_message=push.message,
             revision=self.revision,
+            ignore_patterns=theirs,
             delete_patterns="*" if push.path_in_repo else None,
         )
         _check_unchanged(push)
 
-    def _write_card(self, folder: Path, model: Any) -> None:
-        """What a user wrote, there or here, stays; else our card of the model."""
-        readme = folder / README
-        if model is None and not readme.exists():
-            return
-        from .hub import CARD_MARK, write_card  # brings all of diffusers
+    def _settle(self, folder: Path, model: Any) -> list[str]:
+        """What a user put there or here, card or pictures, stays; else our card of the model. Returns what is to be left out of the push."""
+        if model is None and not any((folder / name).exists() for name in (README, *PICTURES)):
+            return []
+        from .hub import settle_card  # brings all of diffusers
 
-        if readme.exists() and CARD_MARK not in readme.read_text(encoding="utf-8"):
-            return
-        there = self._readme_there()
-        if there is not None and CARD_MARK not in there:
-            readme.write_text(there, encoding="utf-8")
-        elif model is not None:
-            write_card(model, folder, self.repo_id, token=self.token)
-
-    def _readme_there(self) -> str | None:
-        """The repository's own, None if it has none; never a cached one, and an error if that cannot be known."""
-        if not self._api.file_exists(self.repo_id, README, revision=self.revision):
-            return None
-        with tempfile.TemporaryDirectory() as fresh:
-            path = self._api.hf_hub_download(self.repo_id, README, revision=self.revision, local_dir=fresh)
-            return Path(path).read_text(encoding="utf-8")
+        return settle_card(self._api, model, folder, self.repo_id, revision=self.revision)
 
     def _fail(self, message: str, path_in_repo: str, why: str) -> None:
         place = f"{self.repo_id}/{path_in_repo}" if path_in_repo else self.repo_id
@@ -306,41 +262,3 @@ def _check_unchanged(push: _Push) -> None:
         if _stamp(path) != stamp:
             name = path.relative_to(push.folder.name)
             raise ValueError(f"{push.source / name} was written into while it was pushed: write another file and give it this name then")
-
-
-def _passes(error: BaseException | None) -> bool:
-    """Whether another attempt may not meet this error."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return status in PASSING or status >= 500 or (status == 409 and "in progress" in str(error))
-    if isinstance(error, LocalEntryNotFoundError):  # a download that failed, for the reason that it carries
-        return error.__cause__ is None or _passes(error.__cause__)
-    if isinstance(error, OfflineModeIsEnabled | LocalTokenNotFoundError):
-        return False
-    return isinstance(error, HTTPError | OSError | RuntimeError)  # the last is hf_xet's
-
-
-def _in_words(error: BaseException) -> str:
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        said = " ".join((error.server_message or "").split())
-        way_out = WAYS_OUT.get(status, "")
-        return f"the Hub answered {status}" + (f" ({said})" if said else "") + (f": {way_out}" if way_out else "")
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        return _in_words(error.__cause__)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _seconds_asked_for(error: BaseException) -> float | None:
-    """How long a busy server wants to be left alone, if it says so."""
-    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (429, 503):
-        return None
-    headers: Mapping[str, str] = error.response.headers
-    value = headers.get("retry-after", "")
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # no date, or one without a time zone
-        limit = parse_ratelimit_headers(headers)
-        return None if limit is None else float(limit.reset_in_seconds)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.trainer_callback import TrainerCallback
 
+from .cards import CURVES, RESULTS, evaluation_results
 from .config import DriftingConfig
 from .data import LabelledImages, RealSamples
 from .draws import EVAL, LABELS, NOISE, RealDraws, as_samples, class_names, make_feed
@@ -24,7 +25,7 @@ from .files import write_text
 from .finetuning import adaptation
 from .generator import DriftingGenerator
 from .guidance import draw_guidance, unconditional_weight
-from .hub import upload
+from .hub import add_pictures, upload
 from .loop import COUNTS, TrainingLoop
 from .objective import DriftingObjective, Measured
 from .pipeline import DriftingPipeline
@@ -78,7 +79,6 @@ class DriftingTrainer(TrainingLoop):
         config = dataclasses.replace(config, field=objective.settle_field(config.field))  # a run says what it does
         super().__init__(config, callbacks)
         self.objective, self.vae = objective, vae
-        self.about: dict[str, Any] = {}  # what else a card should say: dataset, license, base_model
         self._model_config = generator.config
         _check_generator(generator, config)
         objective.try_field(config.generated_per_label, config.positives_per_label, config.unconditional_per_label)
@@ -342,44 +342,36 @@ class DriftingTrainer(TrainingLoop):
         return self.pipeline()(class_labels, **kwargs)
 
     def save_model(self, output_dir: str | Path | None = None, *, ema_decay: float | None = None) -> Path:
-        """Save the pipeline of the averaged weights, into `pipeline/` of the run if no folder is given, and return the folder."""
+        """Save the pipeline of the averaged weights, with pictures, into `pipeline/` of the run if no folder is given, and return the folder."""
         self._restore()
         folder = Path(output_dir) if output_dir else self.run.path / "pipeline"
-        self._on_main(lambda: self.pipeline(ema_decay=ema_decay).save_pretrained(folder))
+        self._on_main(lambda: self._save_pipeline(folder, ema_decay))
         return folder
+
+    def _save_pipeline(self, folder: Path, ema_decay: float | None = None) -> DriftingPipeline:
+        pipeline = self.pipeline(ema_decay=ema_decay)
+        pipeline.save_pretrained(folder)
+        add_pictures(pipeline, folder, self.run.path / CURVES)
+        return pipeline
 
     def _save_model(self, folder: Path) -> DriftingPipeline:
         """The pipeline, with the numbers of the last evaluation for its card."""
-        pipeline = self.pipeline()
-        pipeline.save_pretrained(folder)
-        done = [entry for entry in self.log_history if "energy" in entry]
+        pipeline, config = self._save_pipeline(folder), self.config
+        done = [{name: value for name, value in entry.items() if name not in COUNTS} for entry in self.log_history if "energy" in entry]
         if done:
-            write_text(folder / "results.json", json.dumps(self._results(done[-1]), indent=2))
+            how = ({"field": config.field} if config.field else {}) | self.about | {"samples_per_class": config.eval_samples_per_class}
+            write_text(folder / RESULTS, json.dumps(evaluation_results(done[-1], **how), indent=2))
         return pipeline
-
-    def _results(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """An evaluation as a card takes it: every number beside the same one of real samples."""
-        numbers = {name: value for name, value in entry.items() if name not in ("step", *COUNTS)}
-        real = {name.removesuffix("_real"): value for name, value in numbers.items() if name.endswith("_real")}
-        count = self.config.eval_samples_per_class
-        return {
-            "metrics": {name: value for name, value in numbers.items() if not name.endswith("_real")},
-            "real": real,
-            "step": entry["step"],
-            **({"field": self.config.field} if self.config.field else {}),
-            **self.about,
-            "samples_per_class": count,
-        }
 
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
         """Push the pipeline of the averaged weights, with a card that holds the numbers of the last evaluation.
 
         Args:
             repo_id: `config.hub_model_id`, or the folder's name, if not given.
-            **kwargs: commit_message, private, token, create_pr, as `DriftingPipeline.push_to_hub` takes them.
+            **kwargs: as `DriftingPipeline.push_to_hub` takes them; private is `config.hub_private_repo` if not given.
         """
         self._restore()
-        repo_id = repo_id or repository_of(self.config)
+        repo_id, kwargs = repo_id or repository_of(self.config), {"private": self.config.hub_private_repo, **kwargs}
         with tempfile.TemporaryDirectory() as folder:
             return self._from_main(lambda: str(upload(self._save_model(Path(folder)), folder, repo_id, **kwargs)))
 
