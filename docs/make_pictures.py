@@ -140,18 +140,20 @@ def draw_field(figure: Figure, place: tuple[float, float, float, float]) -> None
         figure.text(left, 0.125, word, fontsize=10.5, color=colour, va="center", weight="bold")
 
 
+MOMENTS = (0, 30, 100, 1000)  # of the training of the spiral
+
+
 def idea(folder: Path) -> None:
     """What it is, in three panels."""
     data = spiral(1500, torch.Generator().manual_seed(1))
-    moments = (0, 30, 100, 1000)
-    shown, _ = trained(moments[-1], moments, data)
+    shown, _ = trained(MOMENTS[-1], MOMENTS, data)
     figure = plt.figure(figsize=(12, 4.3))
     title(figure, 0.02, "1", "Drawing is one network call", "no steps, no noise schedule, no second network")
     title(figure, 0.365, "2", "A field says where to go", "when both distributions agree, all arrows cancel")
     title(figure, 0.7, "3", "Training follows it", "samples are regressed onto where they drift")
     draw_call(figure, ["Sneaker", "Dress", "Bag", "Pullover"])
     draw_field(figure, (0.365, 0.16, 0.27, 0.745))
-    for i, step in enumerate(moments):
+    for i, step in enumerate(MOMENTS):
         panel = bare(figure.add_axes((0.695 + 0.15 * (i % 2), 0.52 - 0.415 * (i // 2), 0.145, 0.4)), 1.2)
         panel.scatter(*data.T.tolist(), s=2.2, color=REAL, linewidths=0)
         panel.scatter(*shown[step].T.tolist(), s=3.4, color=SAMPLE, linewidths=0)
@@ -162,7 +164,7 @@ def idea(folder: Path) -> None:
 
 def loss(folder: Path) -> None:
     """The same training as in `idea`, as its loss sees it, as a distance does, and as the field's strength does."""
-    _, found = trained(1000, (), spiral(1500, torch.Generator().manual_seed(1)))
+    _, found = trained(MOMENTS[-1], (), spiral(1500, torch.Generator().manual_seed(1)))
     figure, panels = plt.subplots(1, 3, figsize=(10, 2.7), layout="constrained")
     curves = {
         "loss": ("the loss: flat", PUSH),
