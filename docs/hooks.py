@@ -27,7 +27,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links out of docs/ lead to the site's copies; marked places are filled from the code."""
     up = "../" * page.file.src_uri.count("/")
     for source, target in {**PROJECT, "model_cards": CARDS}.items():
-        markdown = re.sub(rf"\]\((?:\.\./)+{re.escape(source)}/?\)", f"]({up}{target})", markdown)
+        markdown = re.sub(rf"\]\((?:\.\./)+{re.escape(source)}/?(#[^)]*)?\)", rf"]({up}{target}\1)", markdown)
     markdown = re.sub(r"<!-- choices: (\S+) -->", lambda found: choices(found[1]), markdown)
     return re.sub(r"<!-- commands -->", lambda _: commands(), markdown)
 

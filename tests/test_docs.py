@@ -188,15 +188,13 @@ def test_a_command_is_understood(page, program, words, monkeypatch, tmp_path):
         assert callable(options.run)
         return
     module = example(Path(program).stem)
-    known = {
-        entry.name for name in ("Arguments", "Choices") if hasattr(module, name) for entry in dataclasses.fields(getattr(module, name))
-    }
+    config = getattr(module, "Choices", {"train_imagenet": DriftingConfig, "train_mae": EncoderConfig}.get(Path(program).stem))
+    kinds = tuple(kind for kind in (getattr(module, "Arguments", None), config) if kind)
     if "..." in words:  # the rest stands above it on the page
-        assert {word[2:] for word in words if word.startswith("--")} <= known
+        assert {word[2:] for word in words if word.startswith("--")} <= {entry.name for kind in kinds for entry in dataclasses.fields(kind)}
     elif hasattr(module, "parse_arguments"):
-        config = getattr(module, "Choices", {"train_imagenet": DriftingConfig, "train_mae": EncoderConfig}.get(module.__name__))
-        parse_arguments(tuple(kind for kind in (module.Arguments, config) if kind), words)
-    elif known:
+        parse_arguments(kinds, words)
+    elif kinds:
         assert not words  # quickstart.py as it is
     else:
         understand(monkeypatch, module, words)
