@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 CARD_MARK = "<!-- Rendered by drifting_diffusers; delete this line and the next push keeps the card as you left it. -->"
+RENDERED = "<!-- From the model, its results.json and its pictures. -->"  # other cards of ours have other sources, as those of releases
 PICTURE_MARK = "drifting_diffusers"  # the PNG's entry "Software"
 
 README, RESULTS = "README.md", "results.json"
@@ -52,7 +53,7 @@ def model_card(
     weights = sum(p.numel() for name, p in pipeline.transformer.named_parameters() if "lora_" not in name)
     base, decoder = about.get("base_model"), f", decoded by an `{type(pipeline.vae).__name__}`" if pipeline.vae is not None else ""
     return _joined([
-        f"---\n{_metadata(pipeline.transformer, repo_id, about, metrics)}\n---\n{CARD_MARK}",
+        f"---\n{_metadata(pipeline.transformer, repo_id, about, metrics)}\n---\n{CARD_MARK}\n{RENDERED}",
         f"# {repo_id.split('/')[-1]}",
         "A one-step image generator trained with drifting ([Generative Modeling via Drifting](https://arxiv.org/abs/2602.04770)): one network call "
         f"per image. Samples are {pipeline.transformer.out_channels} x {sides}{decoder}; it knows {classes} and has {weights:,} weights.",
@@ -74,7 +75,7 @@ def network_card(
     choices = "\n".join(f"| {key} | {value} |" for key, value in model.config.items() if not key.startswith("_"))
     base = about.get("base_model")
     return _joined([
-        f"---\n{_metadata(model, repo_id, about, metrics)}\n---\n{CARD_MARK}",
+        f"---\n{_metadata(model, repo_id, about, metrics)}\n---\n{CARD_MARK}\n{RENDERED}",
         f"# {repo_id.split('/')[-1]}",
         f"A `{name}` of {weights:,} weights, of a drifting model ([Generative Modeling via Drifting](https://arxiv.org/abs/2602.04770)).",
         f"It was fine-tuned from [{base}](https://huggingface.co/{base})." if base else "",

@@ -6,9 +6,11 @@ while our own class reads the names back as what they stand for, runs nothing fr
 """
 
 import copy
+import filecmp
 import io
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +27,7 @@ from .cards import (
     CURVES,
     PICTURES,
     README,
+    RENDERED,
     RESULTS,
     SAMPLES,
     is_ours,
@@ -162,6 +165,8 @@ class PushWithCard:
     ) -> Any:
         """Save to a temporary folder and upload it; returns the commit, with `pr_url` and `pr_revision` of a pull request.
 
+        What was loaded from a folder and has its weights still brings that folder's numbers, pictures, and the card that somebody wrote.
+
         Args:
             repo_id: the repository, made if it is new.
             safe_serialization: whether to save as safetensors.
@@ -171,7 +176,20 @@ class PushWithCard:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size)
+            _bring_along(self, Path(folder))
             return upload(self, folder, repo_id, **kwargs)
+
+
+def _bring_along(model: Any, folder: Path) -> None:
+    """Put what tells of a model beside its weights, from the folder that it was loaded from; not if it has other weights since then."""
+    source = Path(str(getattr(model.config, "_name_or_path", None) or ""))
+    weights = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin")]
+    if not all((source / name).exists() and filecmp.cmp(source / name, folder / name, shallow=False) for name in weights):
+        return
+    for name in (README, RESULTS, *PICTURES):
+        ours = name == README and (source / name).exists() and CARD_MARK in (source / name).read_text(encoding="utf-8")
+        if (source / name).exists() and not ours:
+            shutil.copy(source / name, folder / name)
 
 
 def with_plain_weights(model: Any) -> Any:
@@ -247,7 +265,7 @@ def settle_card(
 ) -> list[str]:
     """Put our card into a folder that is about to be pushed, unless somebody wrote one there or in the repository; pictures likewise.
 
-    A card of ours that is there stays if it has other sources than results.json, as those of converted releases.
+    A card of ours that is there stays if it has other sources than results.json, as those of converted releases, and `about` adds nothing.
 
     Args:
         api: with the token.
@@ -274,7 +292,7 @@ def settle_card(
     if found is not None and CARD_MARK.encode() not in found:
         return [*theirs, README]
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8")) if (folder / RESULTS).exists() else {}
-    if model is None or (here is not None and not results and not about):
+    if model is None or (here is not None and RENDERED not in here and not results and not about):
         return theirs
     if samples and SAMPLES not in chosen:
         add_pictures(model, folder)
