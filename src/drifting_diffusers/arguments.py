@@ -123,7 +123,7 @@ class ConfigParser(argparse.ArgumentParser):
         self.aliases = {alias: to for alias, to in ALIASES.items() if alias not in self.types and to in self.types}
         if BATCH not in self.types and {"labels_per_step", "generated_per_label"} <= self.types.keys():
             self.aliases[BATCH] = "labels_per_step"
-        usage = f"%(prog)s {'[--preset NAME] ' if presets else ''}[--config FILE.yaml] [--option value ...]"
+        usage = f"%(prog)s {'[--preset NAME] ' if presets else ''}[--config FILE.yaml] [options]"
         text = HelpFormatter.epilog(self.aliases, presets, epilog)
         super().__init__(usage=usage, description=description, epilog=text, formatter_class=HelpFormatter, allow_abbrev=False, **how)
         group = self.add_argument_group("where values come from")

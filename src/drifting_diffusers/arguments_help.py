@@ -35,12 +35,14 @@ class Paragraphs(argparse.HelpFormatter):
         """What a call must have; what it may have is listed below."""
         if usage is None and any(action.option_strings and not action.required for action in actions):
             needed = [action for action in actions if not action.option_strings or action.required]
-            words = [" ".join([*action.option_strings[:1], self._format_args(action, self._default_of(action))]) for action in needed]
+            words = [self._in_usage(action) for action in needed]
             usage = " ".join(["%(prog)s", *words, "[options]"]) if not _commands(actions) else "%(prog)s COMMAND [options]"
         super().add_usage(usage, actions, groups, prefix)
 
-    def _default_of(self, action: argparse.Action) -> str:
-        return self._get_default_metavar_for_optional(action) if action.option_strings else self._get_default_metavar_for_positional(action)
+    def _in_usage(self, action: argparse.Action) -> str:
+        default = self._get_default_metavar_for_optional if action.option_strings else self._get_default_metavar_for_positional
+        values = self._format_args(action, default(action))
+        return " ".join([*action.option_strings[:1], f"[{values}]" if action.nargs == "*" else values])
 
     def _format_args(self, action: argparse.Action, default_metavar: Any) -> str:
         """Several values as `NAME ...`: whether they may be left out, the help says."""

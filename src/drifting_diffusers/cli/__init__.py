@@ -8,7 +8,6 @@ another kind.
 import argparse
 import difflib
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -110,14 +109,10 @@ def _parser(verbs: Iterable[str] = VERBS) -> argparse.ArgumentParser:
         near = difflib.get_close_matches(unknown[0], VERBS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
         parser.error(f"there is no command {unknown[0]!r}; {hint}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands", parser_class=_of_verb)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands", parser_class=_of_verb)  # type: ignore[arg-type]
     for name, line in VERBS.items():
-        commands.add_parser(name, help=line, module=_module(name) if name in verbs else None)
+        commands.add_parser(name, help=line, module=importlib.import_module(f".{name}", __name__) if name in verbs else None)
     return parser
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f".{name}", __name__) if importlib.util.find_spec(f".{name}", __name__) else None
 
 
 def _of_verb(module: Any = None, **how: Any) -> argparse.ArgumentParser:

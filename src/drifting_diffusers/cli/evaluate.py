@@ -7,7 +7,7 @@ from typing import Any
 
 from ..shipped import find_pipeline
 from .convert import DTYPES
-from .pipelines import hub_errors, located
+from .pipelines import HELP, hub_errors, located
 
 DESCRIPTION = """\
 Measure a pipeline (a folder, a Hub repository or a name that comes along) or images (a folder or parquet files) against the real images of
@@ -17,8 +17,10 @@ stopped goes on where it was; with torchrun or accelerate several processes shar
 
 EXAMPLES = """\
 examples:
+  drifting-diffusers evaluate fashion-mnist --dataset examples/data/fashion_mnist --held-out-split test --extractor pixels --judge \
+      --num-samples 2000 --output outputs/evaluation
   drifting-diffusers evaluate outputs/quickstart/pipeline --dataset zalando-datasets/fashion_mnist --held-out-split test \\
-      --extractor lite0 --num-samples 10000 --output outputs/evaluation
+      --extractor lite0 --num-samples 10000 --output outputs/lite0
   drifting-diffusers evaluate user/drifting-L --dataset ILSVRC/imagenet-1k --extractor inception --weights inception.pth \\
       --guidance-scales 1.0 1.1 1.5 --seeds 0 1 2 --device cuda --dtype bfloat16 --output outputs/imagenet
   drifting-diffusers evaluate user/drifting-L --reference VIRTUAL_imagenet256_labeled.npz --weights inception.pth --output outputs/adm
@@ -29,14 +31,14 @@ extractors: inception (the FID), lite0, dinov2, convnextv2, pixels, or any visio
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("pipeline", metavar="PIPELINE", help="a pipeline or images to measure")
+    parser.add_argument("pipeline", metavar="PIPELINE", help=f"{HELP}; or images: a folder or parquet files")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for results, pictures and what is kept of features")
     real = parser.add_argument_group("real images")
     real.add_argument("--dataset", metavar="NAME", help="a dataset of the Hub, a folder, or parquet files")
     real.add_argument("--split", default="train", help="the reference (default: train)")
     real.add_argument("--held-out-split", metavar="SPLIT", help="other real images: their numbers stand beside the generated ones")
-    real.add_argument("--image-column", default="image")
-    real.add_argument("--label-column", default="label")
+    real.add_argument("--image-column", default="image", metavar="NAME", help="column of images (default: image)")
+    real.add_argument("--label-column", default="label", metavar="NAME", help="column of integer labels (default: label)")
     real.add_argument(
         "--reference", type=Path, metavar="FILE", help="in place of --dataset: .npz with mu and sigma, or .safetensors of ours"
     )
@@ -52,9 +54,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     draw.add_argument("--num-samples", type=int, default=50_000, metavar="N", help="per scale and seed (default: 50000)")
     draw.add_argument("--guidance-scales", type=float, nargs="+", default=(), metavar="ALPHA", help="default: the pipeline's own")
     draw.add_argument("--seeds", type=int, nargs="+", default=(0,), metavar="SEED", help="each gives samples of its own (default: 0)")
-    draw.add_argument("--batch-size", type=int, default=100, metavar="N")
+    draw.add_argument("--batch-size", type=int, default=100, metavar="N", help="images in one network call (default: 100)")
     draw.add_argument("--device", help="as torch names it (default: what Accelerate finds)")
-    draw.add_argument("--dtype", choices=DTYPES, default="float32", help="of the pipeline")
+    draw.add_argument("--dtype", choices=DTYPES, default="float32", help="of the pipeline's weights (default: float32)")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -82,12 +82,15 @@ def _local(folder: Path) -> Store:
 
 def _remote(repository: str, revision: str | None) -> Store:
     from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
     if constants.is_offline_mode():
         return _local(Path(snapshot_download(repository, revision=revision, local_files_only=True)))
-    there = api.model_info(repository, revision=revision, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in there.siblings or []}
+    there = api.model_info(repository, revision=revision)
+    sizes = {
+        each.path: each.size for each in api.list_repo_tree(repository, recursive=True, revision=there.sha) if isinstance(each, RepoFile)
+    }
     if INDEX not in sizes:
         raise FileNotFoundError(f"{repository} holds no {INDEX}, so it is no pipeline: is it a single network?")
     folder = snapshot_download(repository, revision=there.sha, allow_patterns=list(SMALL))

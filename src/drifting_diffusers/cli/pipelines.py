@@ -31,7 +31,7 @@ def located(text: str) -> str:
         )
     if path.exists():
         raise NotADirectoryError(f"{text} is a file: give the folder of a pipeline")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         near = difflib.get_close_matches(text, SHIPPED, n=1)
         hint = f"did you mean {near[0]}?" if near else f"PIPELINE is {HELP}"
         raise FileNotFoundError(f"there is no folder {text}, and it is neither user/name nor a model that comes along; {hint}")

@@ -99,7 +99,11 @@ def run(options: argparse.Namespace) -> None:
 
 def train_and_save(trainer: "DriftingTrainer", arguments: Arguments) -> None:
     """Train to the end, save a pipeline for every average of the weights, and say how far it came."""
-    trainer.accelerator.print(f"{describe(trainer.config, arguments.preset)}\nfeatures: {_features(arguments)}")
+    processes = trainer.accelerator.num_processes
+    how = (
+        f"features: {_features(arguments)}; {processes} {'process' if processes == 1 else 'processes'} on {trainer.accelerator.device.type}"
+    )
+    trainer.accelerator.print(f"{describe(trainer.config, arguments.preset)}\n{how}")
     found = trainer.train()
     folder = trainer.save_model()
     for decay in trainer.config.more_ema_decays:
