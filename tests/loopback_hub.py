@@ -144,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             self.account(parts[-1], body)
         elif path.endswith(".git/info/lfs/objects/batch"):
             self.batch("/".join(parts[:2]).removesuffix(".git"), json.loads(body))
-        elif path.startswith("/lfs/"):
+        elif path.startswith("/large/"):
             self.hub.objects[parts[1]] = body
             self.reply({})
         elif path.startswith("/api/models/"):
@@ -269,7 +269,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if not self.trusted:
             return self.refuse(401, "Unauthorized")
-        there = lambda oid: {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{oid}"}}} if oid not in self.hub.objects else {}
+        there = lambda oid: {"actions": {"upload": {"href": f"{self.hub.url}/large/{oid}"}}} if oid not in self.hub.objects else {}
         objects = [{"oid": wish["oid"], "size": wish["size"], **there(wish["oid"])} for wish in wanted["objects"]]
         return self.reply({"transfer": "basic", "objects": objects})
 

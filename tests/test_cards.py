@@ -383,7 +383,7 @@ def test_large_files_go_by_lfs_and_come_back(server, waits):
 
 def test_a_connection_that_breaks_in_the_middle_of_a_large_file(server, waits):
     server.lfs_above = 5_000
-    fault = server.fail("/lfs/", cut=1_000, times=2)
+    fault = server.fail("/large/", cut=1_000, times=2)
     pipeline().push_to_hub(NAME)
     assert fault.seen > 2
     assert_close(draw(DriftingPipeline.from_pretrained(NAME)), draw(pipeline()))
@@ -391,7 +391,7 @@ def test_a_connection_that_breaks_in_the_middle_of_a_large_file(server, waits):
 
 def test_a_large_file_that_is_refused_says_why(server, waits):
     server.lfs_above = 5_000
-    server.fail("/lfs/", status=403, times=99)
+    server.fail("/large/", status=403, times=99)
     with pytest.raises(OSError, match=r"the Hub answered 403 .*write permission"):
         pipeline().push_to_hub(NAME)
     assert waits == []

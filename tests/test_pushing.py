@@ -276,7 +276,7 @@ def test_a_large_file_that_is_cut_or_refused(pusher, server, checkpoint, waits, 
     server.lfs_above = 1_000
     content = bytes(range(256)) * 8_000
     (checkpoint / "transformer/model.safetensors").write_bytes(content)
-    fault = server.fail("/lfs/", times=7 if cut else 99, **({"cut": 100_000} if cut else {"status": 403}))
+    fault = server.fail("/large/", times=7 if cut else 99, **({"cut": 100_000} if cut else {"status": 403}))
     pusher.push(checkpoint, message="first")
     failures = pusher.finish()
     if cut:
