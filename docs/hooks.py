@@ -63,7 +63,7 @@ def commands() -> str:
     from drifting_diffusers.cli import _parser
 
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "92"
     try:
         parser = _parser()
         verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices

@@ -178,7 +178,7 @@ def loss(folder: Path) -> None:
         panel.tick_params(labelsize=8, colors="#5b6b77")
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_ylim(0, 14) if name == "loss" else panel.set_yscale("log")
-    figure.savefig(folder / "loss.png", dpi=130)
+    figure.savefig(folder / "loss.png", dpi=115)
     plt.close(figure)
 
 
@@ -195,7 +195,7 @@ def temperatures(folder: Path) -> None:
         panel.quiver(*grid.T.tolist(), *(pull / length).T.tolist(), length[:, 0].tolist(), width=0.006, scale=26, **colours)
         bare(panel, 1.2).scatter(*real.T.tolist(), s=2.5, color="#8797a3", linewidths=0)
         panel.set_title(f"temperature {temperature:g}", fontsize=11, color=INK)
-    figure.savefig(folder / "temperatures.png", dpi=130)
+    figure.savefig(folder / "temperatures.png", dpi=115)
     plt.close(figure)
 
 
