@@ -151,7 +151,7 @@ def idea(folder: Path) -> None:
     title(figure, 0.02, "1", "Drawing is one network call", "no steps, no noise schedule, no second network")
     title(figure, 0.365, "2", "A field says where to go", "when both distributions agree, all arrows cancel")
     title(figure, 0.7, "3", "Training follows it", "samples are regressed onto where they drift")
-    draw_call(figure, ["Sneaker", "Dress", "Bag", "Pullover"])
+    draw_call(figure, ["Sneaker", "Trouser", "Bag", "Ankle boot"])
     draw_field(figure, (0.365, 0.16, 0.27, 0.745))
     for i, step in enumerate(MOMENTS):
         panel = bare(figure.add_axes((0.695 + 0.15 * (i % 2), 0.52 - 0.415 * (i // 2), 0.145, 0.4)), 1.2)
