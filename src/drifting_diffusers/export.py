@@ -20,21 +20,15 @@ from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from . import __version__
+from .export_metadata import RANGES, describe, type_name
 from .hub import with_plain_weights
 from .pipeline import DriftingPipeline
 from .shapes import Float, Int
-from .shipped import FOLDER as SHIPPED
 
 INSTALL = "pip install 'drifting-diffusers[export]'"
-
-RANGES = {"signed": (-1, 1), "unit": (0, 1)}
-"""What the values of images lie in, by name."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far a graph may be from PyTorch in float32, by what it computes in; in units of the largest value that PyTorch returns, at least 1."""
@@ -75,7 +69,7 @@ class ExportChoices:
 
     Args:
         with_decoder: whether the vae decodes the generator's samples; if not given, it does where there is one. Without it, samples of a pipeline with a
-            vae, or of other than 1 or 3 channels, are latents, as the generator returns them.
+            vae, or of other than 1 or 3 channels, are latents, as the generator returns them. A program with an `AutoencoderKL` takes up to 63 at a time.
         output_range: "signed" for images clipped to [-1, 1], taken if not given, or "unit" for images in [0, 1].
         batch_size: the one that the graph takes; any if not given.
         dtype: of weights and activations: float32, float16 or bfloat16, which few runtimes take.
@@ -220,7 +214,7 @@ def _export(form: _Format, pipeline: DriftingPipeline, file: Path, choices: Expo
         expected = [call(**inputs) for inputs in probes] if choices.check else []
         with _quiet():
             program = _trace(call.computing_in(choices.dtype), choices.batch_size)
-    metadata = _metadata(pipeline, call, choices, program)
+    metadata = describe(pipeline, call, program, dtype=choices.dtype, batch_size=choices.batch_size)
     max_error, tolerance, checked = None, None, "not checked, as told"
     with _beside(file, choices.overwrite) as aside:
         with _quiet():
@@ -246,7 +240,7 @@ def _plain(model: Any) -> Any:
 
 def _trace(call: OneCall, batch_size: int | None) -> ExportedProgram:
     inputs = call.random_inputs(batch_size or 2, seed=0)
-    shapes = None if batch_size else {name: {0: Dim("batch")} for name in inputs}
+    shapes = None if batch_size else {name: {0: Dim.DYNAMIC} for name in inputs}  # where a decoder has a bound, it stays
     program = torch.export.export(call, (), inputs, dynamic_shapes=shapes)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
@@ -263,7 +257,7 @@ def _compared(run: Run, probes: list[Inputs], expected: list[Tensor], choices: E
     if not error <= allowed:
         way_out = "take float32" if choices.dtype != torch.float32 else "please report it with the generator's configuration"
         raise ValueError(
-            f"the graph in {_name(choices.dtype)} differs from PyTorch by {error:.2g} where {allowed:.2g} is allowed, so nothing was written: "
+            f"the graph in {type_name(choices.dtype)} differs from PyTorch by {error:.2g} where {allowed:.2g} is allowed, so nothing was written: "
             f"{way_out}, or allow more with `tolerance`"
         )
     return error, allowed
@@ -330,67 +324,6 @@ def _program_runner(file: Path) -> tuple[Run | None, str]:
     with _quiet():
         module = torch.export.load(file).module()
     return lambda inputs: module(**inputs), f"torch {torch.__version__}"
-
-
-# -- metadata
-
-
-def _metadata(pipeline: DriftingPipeline, call: OneCall, choices: ExportChoices, program: ExportedProgram) -> dict[str, str]:
-    """All that a program needs to draw by name; values other than texts are JSON."""
-    config, scale = call.transformer.config, pipeline.config.guidance_scale
-    batch = choices.batch_size or "batch"
-    described: dict[str, dict[str, Any]] = {
-        name: {"type": _name(value.dtype), "shape": [batch, *value.shape[1:]]} for name, value in call.random_inputs(1, seed=0).items()
-    }
-    laws = {
-        "noise": {"law": "standard normal"},
-        "class_labels": {"range": [0, config.num_classes - 1]},
-        "guidance_scale": {"default": scale, "above": 0},
-        "style_labels": {"range": [0, config.style_codebook_size - 1], "law": "uniform"},
-    }
-    returned = next(node for node in program.graph.nodes if node.op == "output").args[0][0].meta["val"]
-    output = {"name": call.output, "type": "float32", "shape": [batch, *map(int, returned.shape[1:])]}
-    if call.output == "images":
-        output["range"] = RANGES["unit" if call.unit else "signed"]
-    entries: dict[str, Any] = {
-        "library": "drifting_diffusers",
-        "library_version": __version__,
-        "labels": list(pipeline.labels),
-        "guidance_scale": scale,
-        "sample_size": [call.transformer.sample_height, call.transformer.sample_width],
-        "inputs": {name: entry | laws[name] for name, entry in described.items()},
-        "output": output,
-        "dtype": _name(choices.dtype),
-        "decoder": type(call.vae).__name__ if call.vae is not None else None,
-        **_origin(pipeline.config.get("_name_or_path")),
-    }
-    return {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in entries.items()
-        if value is not None
-    }
-
-
-def _origin(source: str | None) -> dict[str, str]:
-    """The repository that a pipeline was loaded from, or the name of a shipped one; and the licence on its card. A folder's path is nobody's business."""
-    if not source:
-        return {}
-    origin = {}
-    folder = Path(source)
-    if not folder.exists():
-        origin["source"] = source
-    elif folder.parent == SHIPPED:
-        origin["source"] = f"drifting_diffusers: {folder.name}"
-    try:
-        card = ModelCard.load(folder / "README.md" if folder.exists() else source, ignore_metadata_errors=True)
-    except (OSError, ValueError, HfHubHTTPError):  # no card, no network: nothing to write
-        return origin
-    licence = card.data.get("license")
-    return origin | ({"model_license": str(licence)} if licence else {})
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # -- files

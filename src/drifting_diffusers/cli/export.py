@@ -100,7 +100,7 @@ def _target(options: argparse.Namespace) -> tuple[str, Path]:
         if meant is not None:
             raise ValueError(f"TARGET {target} ends in {target.suffix}, --format says {options.format}: give one of them")
         target = target.with_name(target.name + ENDINGS[options.format])
-    return options.format or meant, target
+    return str(options.format or meant), target
 
 
 def _load(options: argparse.Namespace) -> Any:
