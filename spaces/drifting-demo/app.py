@@ -1,7 +1,7 @@
 """Drifting Models in the browser: draw, walk between images, change their style, and a playground of the idea.
 
-    python app.py            with the models named in DRIFTING_MODELS, or with the one that comes with the package
-    drifting-diffusers demo  the same, with more to say
+python app.py            with the models named in DRIFTING_MODELS, or with the one that comes with the package
+drifting-diffusers demo  the same, with more to say
 """
 
 import os
@@ -20,7 +20,25 @@ HEAD = """<div class="masthead"><h1>Drifting Models</h1>
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # of the visitor's own machine
 THEME: Any = gr.themes.Soft(
     primary_hue=gr.themes.colors.teal, neutral_hue=gr.themes.colors.slate, font=FONTS, font_mono=["ui-monospace", "monospace"]
-).set(block_border_width="0px", block_shadow="none", body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950")
+).set(
+    block_border_width="0px",
+    block_shadow="none",
+    block_title_background_fill="none",
+    block_title_background_fill_dark="none",
+    block_title_padding="0",
+    block_title_text_color="*neutral_700",
+    block_title_text_color_dark="*neutral_200",
+    body_text_color_subdued="*neutral_500",
+    body_background_fill="*neutral_50",
+    body_background_fill_dark="*neutral_950",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    button_primary_background_fill_dark="*primary_600",
+    button_primary_background_fill_hover_dark="*primary_500",
+    button_large_text_weight="600",
+    button_large_padding="8px 16px",
+    button_large_text_size="*text_md",
+)
 LOOK: dict[str, Any] = {"theme": THEME, "css_paths": HERE / "style.css", "footer_links": ["api"]}
 
 
@@ -31,11 +49,11 @@ def build(pipelines: Sequence[str] = ("fashion-mnist",)) -> gr.Blocks:
         if not pipelines:
             playground_tab(None, page)
         else:
-            from drawing_tabs import drawing_tabs
+            from drawing_tabs import drawing_tabs, show_settings
 
-            with drawing_tabs(page, pipelines) as settings, gr.Tab("Playground", id="playground") as tab:
+            with drawing_tabs(page, pipelines), gr.Tab("Playground", id="playground") as tab:
                 playground_tab(tab, page)
-            tab.select(lambda: gr.Row(visible=False), None, settings, api_visibility="private", show_progress="hidden")
+            tab.select(None, js=show_settings(False), api_visibility="private")
     return page.queue(max_size=32, default_concurrency_limit=1)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import gradio as gr
 import models
-from messages import with_messages
-from PIL import Image
-from pictures import animation, sheet
-
 from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
+from messages import with_messages
+from pictures import animation, sheet
+from PIL import Image
 
 NOISES, CLASSES = "two noises", "two classes"
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -19,13 +19,15 @@ LIVE: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "minimal
 
 
 @contextmanager
-def drawing_tabs(page: gr.Blocks, pipelines: Sequence[str]) -> Iterator[gr.Row]:
-    """The tabs, with room for more of them; what it gives is the row of settings that all three share."""
+def drawing_tabs(page: gr.Blocks, pipelines: Sequence[str]) -> Iterator[None]:
+    """The settings that all three share, and the tabs, with room for more of them."""
     names = models.offer(pipelines)
     pipe = models.load(names[0])
-    with gr.Row(equal_height=True) as settings:
-        model = gr.Dropdown(names, value=names[0], allow_custom_value=True, label="Model", info="or type a repository of the Hub, user/name")
-        guidance = gr.Slider(1, 4, pipe.config.guidance_scale, step=0.1, label="Guidance scale", **_guidance(pipe))
+    with gr.Row(equal_height=True, elem_id="settings"):
+        model = gr.Dropdown(
+            names, value=names[0], allow_custom_value=True, label="Model", info="or type a repository of the Hub, user/name", min_width=300
+        )
+        guidance = gr.Slider(1, 4, pipe.config.guidance_scale, step=0.1, label="Guidance scale", min_width=300, **_guidance(pipe))
     with gr.Tabs():
         with gr.Tab("Draw") as drawing:
             labels = _draw_tab(page, pipe, model, guidance)
@@ -33,10 +35,15 @@ def drawing_tabs(page: gr.Blocks, pipelines: Sequence[str]) -> Iterator[gr.Row]:
             label, other = _interpolate_tab(walking, pipe, model, guidance)
         with gr.Tab("Styles") as styling:
             styled = _style_tab(styling, pipe, model, guidance)
-        yield settings
+        yield
     for tab in (drawing, walking, styling):
-        tab.select(lambda: gr.Row(visible=True), None, settings, **QUIET)
+        tab.select(None, js=show_settings(True), api_visibility="private")
     model.input(with_messages(_about), model, [guidance, labels, label, other, styled], api_name="about", show_progress="minimal")
+
+
+def show_settings(shown: bool) -> str:
+    """What the browser does without asking the server."""
+    return f"() => document.querySelector('#settings').style.display = '{'' if shown else 'none'}'"
 
 
 def _guidance(pipe: Any) -> dict[str, Any]:
@@ -70,12 +77,17 @@ def _draw_tab(page: gr.Blocks, pipe: Any, model: gr.Dropdown, guidance: gr.Slide
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             labels = gr.Dropdown(
-                label="Classes", info="pick, or type to search", multiselect=True, allow_custom_value=True, **_several(pipe), elem_id="labels"
+                label="Classes",
+                info="pick, or type to search",
+                multiselect=True,
+                allow_custom_value=True,
+                **_several(pipe),
+                elem_id="labels",
             )
             each = gr.Slider(1, 16, 8, step=1, label="Images of each class")
             seed, other = _seed()
             go = gr.Button("Draw", variant="primary", elem_id="draw")
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=320, elem_classes="result"):
             picture = gr.Image(format="png", elem_id="drawn", **PICTURE)
             time = gr.Markdown(elem_classes="timed", elem_id="draw-time")
     asked: Any = [model, labels, guidance, each, seed]
@@ -108,7 +120,7 @@ def _interpolate_tab(tab: gr.Tab, pipe: Any, model: gr.Dropdown, guidance: gr.Sl
             frames = gr.Slider(8, 32, 24, step=1, label="Frames")
             seed, other = _seed()
             go = gr.Button("Walk", variant="primary", elem_id="walk")
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=320, elem_classes="result"):
             picture = gr.Image(format="webp", type="filepath", elem_id="walked", **PICTURE)
             time = gr.Markdown(elem_classes="timed")
     between.change(lambda way: gr.Dropdown(visible=way == CLASSES), between, second, **QUIET)
@@ -127,7 +139,7 @@ def interpolate(model: str, between: str, first: Any, second: Any, guidance: flo
         images, seconds, tiles = models.between_noises(model, first, guidance, frames, seed)
     else:
         raise ValueError(f"a walk is between {CLASSES} or {NOISES}, got {between!r}")
-    file = save_bytes_to_cache(animation(images, int(frames), min(4, tiles)), "walk.webp", gr.Image().GRADIO_CACHE)
+    file = save_bytes_to_cache(animation(images, int(frames), min(4, tiles)), "walk.webp", get_upload_folder())
     return file, _told(len(images), seconds)
 
 
@@ -145,7 +157,7 @@ def _style_tab(tab: gr.Tab, pipe: Any, model: gr.Dropdown, guidance: gr.Slider) 
             columns = gr.Slider(1, 10, 8, step=1, label="Styles")
             seed, other = _seed()
             go = gr.Button("Draw", variant="primary", elem_id="style")
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=320, elem_classes="result"):
             picture = gr.Image(format="png", elem_id="styled", **PICTURE)
             time = gr.Markdown(elem_classes="timed")
     asked: Any = [model, label, guidance, rows, columns, seed]
@@ -166,9 +178,9 @@ def style(model: str, label: Any, guidance: float, rows: int, columns: int, seed
 
 
 def _seed() -> tuple[gr.Number, gr.Button]:
-    with gr.Row(equal_height=True):
+    with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=3, min_width=100)
-        other = gr.Button("Next seed", scale=2, min_width=100)
+        other = gr.Button("Next seed", size="sm", scale=2, min_width=90, elem_classes="next-seed")
     return seed, other
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 try:
-    import spaces
-except ImportError:
+    from spaces import GPU
+except ImportError:  # a folder of that name is no such package either
 
     def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 else:
-    on_gpu = spaces.GPU(duration=15)  # seconds; a short time waits less in the queue
+    on_gpu = GPU(duration=15)  # seconds; a short time waits less in the queue

@@ -92,7 +92,9 @@ def _mixing(pipe: DriftingPipeline, mixed_with: tuple[Any, Tensor] | None) -> It
 def check_amount(pipe: DriftingPipeline, images: int) -> None:
     most = most_images(pipe)
     if not 1 <= images <= most:
-        raise ValueError(f"{images} images are more than the {most} that this page makes of this model at once: take fewer classes or fewer of each")
+        raise ValueError(
+            f"{images} images are more than the {most} that this page makes of this model at once: take fewer classes or fewer of each"
+        )
 
 
 def most_images(pipe: DriftingPipeline) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-CELL, GAP, TEXT = 112, 8, 19  # pixels: the least side of an image, the space between two, the height of letters
+CELL, FILM, GAP, TEXT = 112, 168, 8, 19  # pixels: the least side of an image, also in a film, the space between two, the height of letters
 INK = (125, 130, 140, 255)  # read on white and on black
 
 
@@ -14,7 +14,9 @@ def cells(images: Tensor, side: int = CELL) -> list[Image.Image]:
     """Each image with round corners; a small one is enlarged by a whole number, so that its pixels stay square."""
     factor = max(1, -(-side // max(images.shape[2:])))
     values = (images * 255).round().byte().expand(-1, 3 if images.shape[1] == 1 else -1, -1, -1).permute(0, 2, 3, 1).numpy()
-    found = [Image.fromarray(value).resize((value.shape[1] * factor, value.shape[0] * factor), Image.Resampling.NEAREST) for value in values]
+    found = [
+        Image.fromarray(value).resize((value.shape[1] * factor, value.shape[0] * factor), Image.Resampling.NEAREST) for value in values
+    ]
     corners = Image.new("L", (found[0].width * 2, found[0].height * 2), 0)  # twice as large: its edge is smoothed by the way back
     ImageDraw.Draw(corners).rounded_rectangle((0, 0, corners.width - 1, corners.height - 1), radius=16, fill=255)
     mask = corners.resize(found[0].size, Image.Resampling.LANCZOS)
@@ -23,9 +25,9 @@ def cells(images: Tensor, side: int = CELL) -> list[Image.Image]:
     return found
 
 
-def sheet(images: Tensor, columns: int, rows: Sequence[str] = (), heads: Sequence[str] = ()) -> Image.Image:
+def sheet(images: Tensor, columns: int, rows: Sequence[str] = (), heads: Sequence[str] = (), side: int = CELL) -> Image.Image:
     """Images in rows of `columns`, with a name before each row and above each column where there are names."""
-    pictures = cells(images)
+    pictures = cells(images, side)
     width, height = pictures[0].size
     font = ImageFont.load_default(TEXT)
     names = [_cut(name, font) for name in rows]
@@ -46,12 +48,15 @@ def sheet(images: Tensor, columns: int, rows: Sequence[str] = (), heads: Sequenc
 def animation(images: Tensor, frames: int, columns: int) -> bytes:
     """A WebP that goes there and back for ever; images [frames * tiles, ...], those of a frame side by side. It rests at both ends."""
     tiles = len(images) // frames
-    there = [sheet(images[i * tiles : (i + 1) * tiles], columns) for i in range(frames)]
+    there = [sheet(images[i * tiles : (i + 1) * tiles], columns, side=FILM) for i in range(frames)]
     loop = [*there, *there[-2:0:-1]]
     last = {0, frames - 1}
     durations = [500 if i in last else 50 for i in range(len(loop))]  # milliseconds
     file = io.BytesIO()
-    loop[0].save(file, "WEBP", save_all=True, append_images=loop[1:], duration=durations, loop=0, lossless=True, quality=40, method=2)
+    how = (
+        {"lossless": True, "quality": 0, "method": 0} if max(images.shape[2:]) < FILM else {"quality": 85, "method": 2}
+    )  # squares stay sharp
+    loop[0].save(file, "WEBP", save_all=True, append_images=loop[1:], duration=durations, loop=0, **how)
     return file.getvalue()
 
 

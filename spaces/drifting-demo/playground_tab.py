@@ -1,5 +1,7 @@
 """The playground: `drifting_diffusers.playground` computes the frames here, the browser paints them."""
 
+import base64
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -10,12 +12,14 @@ import gradio as gr
 import numpy as np
 import torch
 from messages import with_messages
+from PIL import Image
 
 from drifting_diffusers.playground import CHOICES, STARTS, TARGETS, Frame, Target, play, points_from_drawing
 
 HERE = Path(__file__).parent
 DRAWING = "my drawing"
-MOST_STEPS, LEAST_PAUSE, SIDE = 600, 0.04, 320  # steps of one play; seconds between frames, at least; pixels of the paper
+MOST_STEPS, LEAST_PAUSE = 600, 0.04  # steps of one play; seconds between frames, at least
+MOST_CHARACTERS, MOST_SIDE = 500_000, 1024  # of a drawing; pixels of its side
 ABOUT = (
     "A field pulls samples to the target and pushes them from each other: on the left it moves particles, on the right a small network learns, from the same "
     "field, to land there in one call. Choose a target or draw one."
@@ -27,21 +31,10 @@ def playground_tab(tab: gr.Tab | None, page: gr.Blocks) -> None:
     gr.Markdown(ABOUT, elem_classes="said")
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            target = gr.Dropdown([*TARGETS, DRAWING], value="spiral", label="Target")
+            target = gr.Dropdown([*TARGETS, DRAWING], value="spiral", label="Target", elem_id="target")
             with gr.Group(visible=False) as paper:
-                sketch = gr.Sketchpad(
-                    label="Draw with the mouse or a finger",
-                    canvas_size=(SIDE, SIDE),
-                    fixed_canvas=True,
-                    height=SIDE + 90,
-                    image_mode="RGBA",
-                    layers=False,
-                    transforms=(),
-                    brush=gr.Brush(default_size=14, colors=["#0d9488"], default_color="#0d9488", color_mode="fixed"),
-                    buttons=[],
-                    elem_id="sketch",
-                )
-            field = gr.Dropdown([(f"{name}: {choice.caption}", name) for name, choice in CHOICES.items()], value="drifting", label="Field")
+                sketch = gr.HTML(value="", html_template=_text("paper.html"), js_on_load=_text("paper.js"), elem_id="sketch")
+            field = gr.Dropdown(list(CHOICES), value="drifting", label="Field", info=CHOICES["drifting"].caption)
             temperature = gr.Slider(0.02, 2, 0.2, step=0.01, label="Temperature", info="how far samples hear each other, in mean distances")
             with gr.Accordion("More", open=False):
                 start = gr.Radio(list(STARTS), value="middle", label="Both start")
@@ -49,10 +42,10 @@ def playground_tab(tab: gr.Tab | None, page: gr.Blocks) -> None:
                 particles = gr.Slider(50, 500, 256, step=1, label="Points")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             with gr.Row():
-                go = gr.Button("Play", variant="primary", elem_id="play")
-                stop = gr.Button("Stop", elem_id="stop")
-        with gr.Column(scale=5, min_width=320):
-            stage = gr.HTML(html_template=(HERE / "stage.html").read_text(), js_on_load=(HERE / "stage.js").read_text(), elem_id="stage")
+                go = gr.Button("Play", variant="primary", min_width=100, elem_id="play")
+                stop = gr.Button("Stop", min_width=100, elem_id="stop")
+        with gr.Column(scale=5, min_width=320, elem_classes="result"):
+            stage = gr.HTML(html_template=_text("stage.html"), js_on_load=_text("stage.js"), elem_id="stage")
     asked: Any = [target, sketch, field, temperature, start, steps, particles, seed]
     more: Any = {"show_progress": "hidden", "concurrency_limit": 4, "concurrency_id": "play"}
     playing = [go.click(with_messages(frames), asked, stage, api_name="play", **more)]
@@ -60,19 +53,18 @@ def playground_tab(tab: gr.Tab | None, page: gr.Blocks) -> None:
     first = (page.load if tab is None else tab.select)(
         with_messages(first_frames), [seen, *asked], [seen, stage], api_visibility="private", **more
     )
-    stop.click(None, cancels=[*playing, first], api_visibility="private")
     target.change(lambda name: gr.Group(visible=name == DRAWING), target, paper, api_visibility="private", show_progress="hidden")
-    field.change(_suits, field, temperature, api_visibility="private", show_progress="hidden")
-    for choice in (target, field, temperature, start):  # what is chosen is seen at once, from the start
-        event = choice.release if choice is temperature else choice.input
-        again = event(None, cancels=[*playing, first], api_visibility="private").then(
-            with_messages(chosen_frames), asked, stage, api_visibility="private", **more
-        )
-        playing.append(again)
+    for choice in (target, field, start, temperature, sketch):  # what is chosen or drawn is seen at once, from the start
+        event = {temperature: temperature.release, sketch: sketch.drawn}.get(choice) or choice.input
+        chosen = event(None, cancels=[*playing, first], api_visibility="private")
+        if choice is field:
+            chosen = chosen.then(_suits, field, [field, temperature], api_visibility="private", show_progress="hidden")
+        playing.append(chosen.then(with_messages(chosen_frames), asked, stage, api_visibility="private", **more))
+    stop.click(None, cancels=[*playing, first], api_visibility="private")
 
 
 def frames(
-    target: str, drawing: dict[str, Any] | None, field: str, temperature: float, start: str, steps: float, particles: float, seed: float
+    target: str, drawing: str | None, field: str, temperature: float, start: str, steps: float, particles: float, seed: float
 ) -> Iterator[str]:
     """One JSON text per step: `target`, `particles` and `generated` as x, y, x, y, ... in thousandths of the square, and all `energies` so far."""
     if not 1 <= steps <= MOST_STEPS:
@@ -98,7 +90,7 @@ def first_frames(seen: bool, *asked: Any) -> Iterator[tuple[bool, Any]]:
         yield True, gr.skip()
 
 
-def chosen_frames(target: str, drawing: dict[str, Any] | None, *asked: Any) -> Iterator[Any]:
+def chosen_frames(target: str, drawing: str | None, *asked: Any) -> Iterator[Any]:
     """As `frames`, but an empty paper is no mistake yet."""
     if target == DRAWING and not (_ink(drawing) > 0).any():
         yield gr.skip()
@@ -106,7 +98,11 @@ def chosen_frames(target: str, drawing: dict[str, Any] | None, *asked: Any) -> I
     yield from frames(target, drawing, *asked)
 
 
-def _law(target: str, drawing: dict[str, Any] | None) -> Target:
+def _text(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _law(target: str, drawing: str | None) -> Target:
     if target == DRAWING:
         ink = _ink(drawing)
         points_from_drawing(ink, 1, torch.Generator())  # an empty paper is told now
@@ -116,19 +112,24 @@ def _law(target: str, drawing: dict[str, Any] | None) -> Target:
     return TARGETS[target]
 
 
-def _ink(drawing: dict[str, Any] | None) -> torch.Tensor:
+def _ink(drawing: str | None) -> torch.Tensor:
     """How opaque the drawing is, [h, w] in [0, 1]; nothing where nobody drew."""
-    picture = (drawing or {}).get("composite")
-    if picture is None:
+    if not drawing:
         return torch.zeros(1, 1)
-    ink = torch.from_numpy(np.asarray(picture)[..., 3].astype("float32") / 255)
-    return ink if ink.numel() <= 2**20 else ink[:: ink.shape[0] // 512 + 1, :: ink.shape[1] // 512 + 1]
+    kind, _, data = drawing.partition(",")
+    if kind != "data:image/png;base64" or len(data) > MOST_CHARACTERS:
+        raise ValueError(f"a drawing is a PNG as a data: address of at most {MOST_CHARACTERS:,} characters, got {drawing[:30]!r}")
+    with Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"]) as picture:
+        if max(picture.size) > MOST_SIDE:
+            raise ValueError(f"a drawing is at most {MOST_SIDE} pixels wide and high, got {picture.size}")
+        return torch.from_numpy(np.asarray(picture.convert("RGBA"))[..., 3] / np.float32(255))
 
 
-def _suits(field: str) -> Any:
-    """The temperature that suits a field."""
-    suits = CHOICES[field].temperature
-    return gr.Slider(interactive=False) if suits is None else gr.Slider(value=suits, interactive=True)
+def _suits(field: str) -> tuple[Any, Any]:
+    """What a field is, and the temperature that suits it."""
+    choice = CHOICES[field]
+    slider = gr.Slider(interactive=False) if choice.temperature is None else gr.Slider(value=choice.temperature, interactive=True)
+    return gr.Dropdown(info=choice.caption), slider
 
 
 def _thousandths(points: torch.Tensor) -> list[int]:

@@ -70,7 +70,7 @@ function paintCurve() {
 }
 
 function tell() {
-  const last = frame.energies[frame.energies.length - 1], words = (value) => Math.max(0, value).toFixed(4);
+  const last = frame.energies[frame.energies.length - 1], words = (value) => value.toFixed(4).replace("-", "−");
   $("step").textContent = `step ${frame.step} of ${frame.steps}`;
   $("particles-energy").textContent = words(last[0]);
   $("generated-energy").textContent = words(last[1]);

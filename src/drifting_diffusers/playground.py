@@ -119,7 +119,9 @@ def points_from_drawing(ink: Float[Tensor, "h w"], n: int, generator: torch.Gene
     if ink.numel() > MOST_PIXELS:
         raise ValueError(f"a drawing has at most {MOST_PIXELS:,} pixels, got {ink.numel():,}: make it smaller")
     if not bool((ink.isfinite() & (ink >= 0)).all()):
-        raise ValueError(f"ink is finite and at least 0, got values from {ink.min():g} to {ink.max():g}: take what is darker than the paper")
+        raise ValueError(
+            f"ink is finite and at least 0, got values from {ink.min():g} to {ink.max():g}: take what is darker than the paper"
+        )
     if not ink.numel() or not bool(ink.any()):
         raise ValueError("the drawing is empty: draw a line first, or choose one of the targets")
     pixel = torch.multinomial(ink.flatten() / ink.max(), n, replacement=True, generator=generator)
@@ -352,9 +354,7 @@ def play(
     return _frames(cloud, learner, noise, target(512, draws), steps, draws)
 
 
-def _frames(
-    cloud: Particles, learner: Learner, noise: Tensor, unseen: Tensor, steps: int, generator: torch.Generator
-) -> Iterator[Frame]:
+def _frames(cloud: Particles, learner: Learner, noise: Tensor, unseen: Tensor, steps: int, generator: torch.Generator) -> Iterator[Frame]:
     for step in range(steps + 1):
         with torch.no_grad():
             made = learner.model(noise)
