@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -126,12 +128,12 @@ def test_about_says_what_a_model_knows(page):
 
 
 def test_play(page):
-    job = page.submit("heart", None, "drifting", 0.2, "corner", 5, 20, 0, api_name="/play")
+    job = page.submit("heart", None, "drifting", 0.2, "corner", 40, 50, 0, api_name="/play")
     job.result(timeout=120)
     frames = [json.loads(text) for text in job.outputs()]
-    assert [frame["step"] for frame in frames][-1] == 5
-    assert all(len(frame["particles"]) == len(frame["generated"]) == 40 for frame in frames)
-    assert len(frames[-1]["energies"]) == 6
+    assert [frame["step"] for frame in frames][-1] == 40
+    assert all(len(frame["particles"]) == len(frame["generated"]) == 100 for frame in frames)
+    assert len(frames[-1]["energies"]) == 41
     assert frames[-1]["energies"][0] > frames[-1]["energies"][-1]
 
 
@@ -141,7 +143,7 @@ def test_play_a_drawing(page):
     file = io.BytesIO()
     picture.save(file, "PNG")
     given = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    target = json.loads(page.predict("my drawing", given, "score", 0.2, "middle", 1, 10, 0, api_name="/play"))["target"]
+    target = json.loads(page.predict("my drawing", given, "score", 0.2, "middle", 40, 50, 0, api_name="/play"))["target"]
     assert min(target) >= 600
     assert max(target) <= 1000
 
@@ -151,7 +153,7 @@ def test_play_a_drawing(page):
     [
         ("/draw", ["fashion-mnist", ["sneeker"], 1, 3, 0], "no class is named 'sneeker'; did you mean 'Sneaker'?"),
         ("/draw", ["fashion-mnist", [], 1, 3, 0], "choose at least one class"),
-        ("/draw", ["fashion-mnist", ["Bag"], 1, 16, -1], "a seed is a whole number from 0"),
+        ("/draw", ["fashion-mnist", ["Bag"], 1, 16, 2**40], "a seed is a whole number from 0"),
         ("/draw", ["fashion-mnist", ["Bag"] * 1000, 1, 10, 0], "10000 images are more than the 256"),
         ("/draw", ["guided", ["12"], 1, 1, 0], "class ids must lie from 0 to 11, got 12"),
         ("/draw", ["/etc", ["Bag"], 1, 1, 0], "no model is named '/etc'"),
@@ -160,9 +162,9 @@ def test_play_a_drawing(page):
         ("/interpolate", ["fashion-mnist", "two classes", "Bag", "Bag", 1, 8, 0], "choose two different classes"),
         ("/interpolate", ["plain", "two classes", None, None, 1, 8, 0], "knows no classes"),
         ("/styles", ["plain", None, 1, 2, 2, 0], "built without style tokens"),
-        ("/play", ["my drawing", "data:image/png;base64,AAAA", "drifting", 0.2, "middle", 10, 20, 0], "cannot identify image file"),
-        ("/play", ["my drawing", "https://x.y/z.png", "drifting", 0.2, "middle", 10, 20, 0], "a drawing is a PNG"),
-        ("/play", ["my drawing", None, "drifting", 0.2, "middle", 10, 20, 0], "the drawing is empty"),
+        ("/play", ["my drawing", "data:image/png;base64,AAAA", "drifting", 0.2, "middle", 40, 50, 0], "cannot identify image file"),
+        ("/play", ["my drawing", "https://x.y/z.png", "drifting", 0.2, "middle", 40, 50, 0], "a drawing is a PNG"),
+        ("/play", ["my drawing", None, "drifting", 0.2, "middle", 40, 50, 0], "the drawing is empty"),
     ],
     ids=str,
 )
@@ -177,8 +179,8 @@ def test_limits_hold_for_programs_too(page):
 
 
 def test_the_server_saw_no_fault_of_its_own(page):
-    """After all of the above; pytest runs them in order."""
-    assert "Traceback" not in page.log.read_text()
+    """After all of the above, in their order. What Gradio itself refuses, it writes down; what is a fault of ours, `messages` does."""
+    assert "the demo failed" not in page.log.read_text()
 
 
 def test_the_playground_needs_no_model_and_ctrl_c_ends_it(tmp_path):
@@ -196,14 +198,17 @@ def test_a_port_that_is_none_and_a_model_that_is_none(tmp_path, capsys):
     assert capsys.readouterr().err == "drifting-diffusers: error: --port must be from 0 to 65535, got 70000\n"
 
 
-def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gradio" else object())
-    from drifting_diffusers.cli import demo
-
-    with pytest.raises(ImportError, match=r"pip install 'drifting-diffusers\[demo\]'"):
-        demo.serve(None, ())  # type: ignore[arg-type]
+def test_without_gradio_the_command_says_what_to_install(tmp_path):
+    """An interpreter that finds no gradio."""
+    code = (
+        "import sys; from importlib.machinery import PathFinder; find = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *rest: None if name == 'gradio' else find(name, *rest)\n"
+        "from drifting_diffusers.cli import main; sys.exit(main(['demo']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    message = "the page is made with gradio, which is not installed: pip install 'drifting-diffusers[demo]'"
+    assert done.stderr == f"drifting-diffusers: error: {message}\n"
 
 
 def test_the_space_is_ready_for_the_hub():

@@ -52,8 +52,8 @@ def build(pipelines: Sequence[str] = ("fashion-mnist",)) -> gr.Blocks:
             from drawing_tabs import drawing_tabs, show_settings
 
             with drawing_tabs(page, pipelines), gr.Tab("Playground", id="playground") as tab:
+                tab.select(None, js=show_settings(False), api_visibility="private")
                 playground_tab(tab, page)
-            tab.select(None, js=show_settings(False), api_visibility="private")
     return page.queue(max_size=32, default_concurrency_limit=1)
 
 

@@ -29,16 +29,20 @@ def drawing_tabs(page: gr.Blocks, pipelines: Sequence[str]) -> Iterator[None]:
         )
         guidance = gr.Slider(1, 4, pipe.config.guidance_scale, step=0.1, label="Guidance scale", min_width=300, **_guidance(pipe))
     with gr.Tabs():
-        with gr.Tab("Draw") as drawing:
+        with _tab("Draw"):
             labels = _draw_tab(page, pipe, model, guidance)
-        with gr.Tab("Interpolate") as walking:
+        with _tab("Interpolate") as walking:
             label, other = _interpolate_tab(walking, pipe, model, guidance)
-        with gr.Tab("Styles") as styling:
+        with _tab("Styles") as styling:
             styled = _style_tab(styling, pipe, model, guidance)
         yield
-    for tab in (drawing, walking, styling):
-        tab.select(None, js=show_settings(True), api_visibility="private")
     model.input(with_messages(_about), model, [guidance, labels, label, other, styled], api_name="about", show_progress="minimal")
+
+
+def _tab(name: str) -> gr.Tab:
+    tab = gr.Tab(name)
+    tab.select(None, js=show_settings(True), api_visibility="private")  # before what takes longer
+    return tab
 
 
 def show_settings(shown: bool) -> str:

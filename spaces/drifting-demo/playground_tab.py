@@ -32,7 +32,7 @@ def playground_tab(tab: gr.Tab | None, page: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             target = gr.Dropdown([*TARGETS, DRAWING], value="spiral", label="Target", elem_id="target")
-            with gr.Group(visible=False) as paper:
+            with gr.Column(visible=False) as paper:
                 sketch = gr.HTML(value="", html_template=_text("paper.html"), js_on_load=_text("paper.js"), elem_id="sketch")
             field = gr.Dropdown(list(CHOICES), value="drifting", label="Field", info=CHOICES["drifting"].caption)
             temperature = gr.Slider(0.02, 2, 0.2, step=0.01, label="Temperature", info="how far samples hear each other, in mean distances")
@@ -46,25 +46,41 @@ def playground_tab(tab: gr.Tab | None, page: gr.Blocks) -> None:
                 stop = gr.Button("Stop", min_width=100, elem_id="stop")
         with gr.Column(scale=5, min_width=320, elem_classes="result"):
             stage = gr.HTML(html_template=_text("stage.html"), js_on_load=_text("stage.js"), elem_id="stage")
-    asked: Any = [target, sketch, field, temperature, start, steps, particles, seed]
-    more: Any = {"show_progress": "hidden", "concurrency_limit": 4, "concurrency_id": "play"}
-    playing = [go.click(with_messages(frames), asked, stage, api_name="play", **more)]
-    seen = gr.State(False)
-    first = (page.load if tab is None else tab.select)(
-        with_messages(first_frames), [seen, *asked], [seen, stage], api_visibility="private", **more
-    )
-    target.change(lambda name: gr.Group(visible=name == DRAWING), target, paper, api_visibility="private", show_progress="hidden")
-    for choice in (target, field, start, temperature, sketch):  # what is chosen or drawn is seen at once, from the start
-        event = {temperature: temperature.release, sketch: sketch.drawn}.get(choice) or choice.input
-        chosen = event(None, cancels=[*playing, first], api_visibility="private")
-        if choice is field:
-            chosen = chosen.then(_suits, field, [field, temperature], api_visibility="private", show_progress="hidden")
-        playing.append(chosen.then(with_messages(chosen_frames), asked, stage, api_visibility="private", **more))
-    stop.click(None, cancels=[*playing, first], api_visibility="private")
+    turn = gr.State(Turn())
+    asked: Any = [turn, target, sketch, field, temperature, start, steps, particles, seed]
+    more: Any = {"show_progress": "hidden", "concurrency_limit": 4, "concurrency_id": "play", "trigger_mode": "multiple"}
+    go.click(with_messages(frames), asked, stage, api_name="play", **more)
+    more["api_visibility"] = "private"
+    (page.load if tab is None else tab.select)(with_messages(first_frames), asked, stage, **more)
+    stop.click(Turn.take, turn, None, queue=False, show_progress="hidden", api_visibility="private")
+    target.change(lambda name: gr.Column(visible=name == DRAWING), target, paper, api_visibility="private", show_progress="hidden")
+    # What is chosen or drawn is seen at once, from the start.
+    chosen = field.input(_suits, field, [field, temperature], api_visibility="private", show_progress="hidden")
+    for event in (target.input, start.input, temperature.release, sketch.drawn, chosen.then):
+        event(with_messages(chosen_frames), asked, stage, **more)
+
+
+class Turn:
+    """Whose turn it is on the stage of one visitor: a play goes on until another begins, or until Stop."""
+
+    def __init__(self):
+        self.number = 0
+
+    def take(self) -> int:
+        self.number += 1
+        return self.number
 
 
 def frames(
-    target: str, drawing: str | None, field: str, temperature: float, start: str, steps: float, particles: float, seed: float
+    turn: Turn,
+    target: str,
+    drawing: str | None,
+    field: str,
+    temperature: float,
+    start: str,
+    steps: float,
+    particles: float,
+    seed: float,
 ) -> Iterator[str]:
     """One JSON text per step: `target`, `particles` and `generated` as x, y, x, y, ... in thousandths of the square, and all `energies` so far."""
     if not 1 <= steps <= MOST_STEPS:
@@ -75,27 +91,31 @@ def frames(
     chosen = None if CHOICES.get(field) and CHOICES[field].temperature is None else temperature
     shown = _thousandths(law(600, torch.Generator().manual_seed(1)))
     energies: list[tuple[float, float]] = []
-    due = 0.0
+    due, mine = 0.0, turn.take()
     for frame in play(law, field, chosen, start=start, steps=int(steps), particles=int(particles), seed=int(seed)):
         energies.append((round(frame.particle_energy, 5), round(frame.generator_energy, 5)))
         time.sleep(max(0.0, due - time.monotonic()))
+        if turn.number != mine:
+            return
         due = time.monotonic() + LEAST_PAUSE
         yield _spoken(frame, shown, energies, int(steps))
 
 
-def first_frames(seen: bool, *asked: Any) -> Iterator[tuple[bool, Any]]:
-    if not seen:
-        yield from ((True, frame) for frame in frames(*asked))
-    else:
-        yield True, gr.skip()
-
-
-def chosen_frames(target: str, drawing: str | None, *asked: Any) -> Iterator[Any]:
-    """As `frames`, but an empty paper is no mistake yet."""
-    if target == DRAWING and not (_ink(drawing) > 0).any():
+def first_frames(turn: Turn, *asked: Any) -> Iterator[Any]:
+    """As `frames`, where nothing was played yet."""
+    if turn.number:
         yield gr.skip()
-        return
-    yield from frames(target, drawing, *asked)
+    else:
+        yield from frames(turn, *asked)
+
+
+def chosen_frames(turn: Turn, target: str, drawing: str | None, *asked: Any) -> Iterator[Any]:
+    """As `frames`, but an empty paper is no mistake yet."""
+    if target == DRAWING and not drawing:
+        turn.take()
+        yield gr.skip()
+    else:
+        yield from frames(turn, target, drawing, *asked)
 
 
 def _text(name: str) -> str:

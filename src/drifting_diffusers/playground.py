@@ -273,7 +273,7 @@ class Learner:
         field: teaches it.
     """
 
-    def __init__(self, model: PlaneGenerator, target: Target, field: Field, *, samples: int = 256, learning_rate: float = 4e-3):
+    def __init__(self, model: PlaneGenerator, target: Target, field: Field, *, samples: int = 256, learning_rate: float = 2e-3):
         self.model, self.target, self.field, self.samples = model, target, field, samples
         self.learning_rate, self.optimiser = learning_rate, torch.optim.Adam(model.parameters(), lr=learning_rate)
 
