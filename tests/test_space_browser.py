@@ -168,20 +168,23 @@ def test_a_drawing_is_a_target(opened):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_screen(opened, width):
+@pytest.mark.parametrize("name", ["Draw", "Interpolate", "Styles", "Playground"])
+def test_nothing_is_wider_than_the_screen(opened, name, width):
+    tab(opened, name)  # a phone hides some of the tabs in a menu
     how = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", how)
     try:
-        for name in ("Draw", "Interpolate", "Styles", "Playground"):
-            tab(opened, name)
-            until(lambda: opened.execute_script("return document.documentElement.scrollWidth") <= width, f"{name} within {width} pixels")
+        until(lambda: opened.execute_script("return innerWidth") == width, "the new width")
+        until(lambda: opened.execute_script("return document.documentElement.scrollWidth") <= width, f"{name} within {width} pixels")
     finally:
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_no_error_in_the_console_and_no_request_to_another_machine(browser):
     """Of all that was clicked above; pytest runs in order."""
-    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    told = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    left = "AbortError: BodyStreamBuffer was aborted"  # Gradio's word for a page that is left while it listens, as these tests do
+    assert [message for message in told if left not in message] == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     addresses = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     assert len(addresses) > 20

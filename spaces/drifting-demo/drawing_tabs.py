@@ -30,13 +30,14 @@ def drawing_tabs(page: gr.Blocks, pipelines: Sequence[str]) -> Iterator[None]:
         guidance = gr.Slider(1, 4, pipe.config.guidance_scale, step=0.1, label="Guidance scale", min_width=300, **_guidance(pipe))
     with gr.Tabs():
         with _tab("Draw"):
-            labels = _draw_tab(page, pipe, model, guidance)
+            labels, redraw = _draw_tab(page, pipe, model, guidance)
         with _tab("Interpolate") as walking:
             label, other = _interpolate_tab(walking, pipe, model, guidance)
         with _tab("Styles") as styling:
             styled = _style_tab(styling, pipe, model, guidance)
         yield
-    model.input(with_messages(_about), model, [guidance, labels, label, other, styled], api_name="about", show_progress="minimal")
+    lists = [guidance, labels, label, other, styled]
+    model.input(with_messages(_about), model, lists, api_name="about", show_progress="minimal").success(**redraw)
 
 
 def _tab(name: str) -> gr.Tab:
@@ -76,7 +77,8 @@ def _one(pipe: Any, place: int) -> dict[str, Any]:
 # -- draw
 
 
-def _draw_tab(page: gr.Blocks, pipe: Any, model: gr.Dropdown, guidance: gr.Slider) -> gr.Dropdown:
+def _draw_tab(page: gr.Blocks, pipe: Any, model: gr.Dropdown, guidance: gr.Slider) -> tuple[gr.Dropdown, dict[str, Any]]:
+    """The list of classes, and what draws anew when the model is another."""
     gr.Markdown("Choose classes and how many of each; the whole sheet is one call of the network.", elem_classes="said")
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -96,10 +98,10 @@ def _draw_tab(page: gr.Blocks, pipe: Any, model: gr.Dropdown, guidance: gr.Slide
             time = gr.Markdown(elem_classes="timed", elem_id="draw-time")
     asked: Any = [model, labels, guidance, each, seed]
     gr.on([go.click, seed.submit], with_messages(draw), asked, [picture, time], api_name="draw", **LIVE)
-    live = [page.load, each.release, guidance.release, labels.input, seed.change]
-    gr.on(live, with_messages(draw), asked, [picture, time], api_visibility="private", **LIVE)
+    redraw: dict[str, Any] = {"fn": with_messages(draw), "inputs": asked, "outputs": [picture, time], "api_visibility": "private", **LIVE}
+    gr.on([page.load, each.release, guidance.release, labels.change, seed.change], **redraw)  # a typed name is a change, but no input
     other.click(_another, seed, seed, **QUIET)
-    return labels
+    return labels, redraw
 
 
 def draw(model: str, labels: Any, guidance: float, each: int, seed: int) -> tuple[Image.Image, str]:

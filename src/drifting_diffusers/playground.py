@@ -10,6 +10,7 @@ square, y upwards; a drawing is one too. All of it is float32 on the CPU and a f
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -249,7 +250,7 @@ class PlaneGenerator(nn.Module):
     def __init__(self, start: Start, generator: torch.Generator, width: int = 128):
         super().__init__()
         sizes = [(2, width), (width, width), (width, 2)]
-        linears = [nn.utils.skip_init(nn.Linear, *size) for size in sizes]  # torch's own draws are of one global generator
+        linears: Any = [nn.utils.skip_init(nn.Linear, *size) for size in sizes]  # torch's own draws are of one global generator
         for linear in linears:
             nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(2), generator=generator)
             nn.init.uniform_(linear.bias, -1, 1, generator=generator)
