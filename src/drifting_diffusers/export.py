@@ -212,8 +212,15 @@ def _export(form: _Format, pipeline: DriftingPipeline, file: Path, choices: Expo
     probes = [call.random_inputs(batch, seed) for seed, batch in enumerate(batches)]
     with torch.no_grad():
         expected = [call(**inputs) for inputs in probes] if choices.check else []
+        call.computing_in(choices.dtype)
+        if choices.check and not all(
+            call(**inputs).isfinite().all() for inputs in probes
+        ):  # onnxruntime may compute in float32 nevertheless
+            raise ValueError(
+                f"in {type_name(choices.dtype)} this pipeline returns NaN: its numbers are too large for it, take bfloat16 or float32"
+            )
         with _quiet():
-            program = _trace(call.computing_in(choices.dtype), choices.batch_size)
+            program = _trace(call, choices.batch_size)
     metadata = describe(pipeline, call, program, dtype=choices.dtype, batch_size=choices.batch_size)
     max_error, tolerance, checked = None, None, "not checked, as told"
     with _beside(file, choices.overwrite) as aside:
