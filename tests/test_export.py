@@ -1,6 +1,8 @@
 """Exported files: what other runtimes draw is what PyTorch draws, by the file alone; and no file that differs, or was there, is touched."""
 
+import importlib.util
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -24,6 +26,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 # torch.export follows symbolic sizes, which no annotation of an int admits.
 pytestmark = pytest.mark.usefixtures("as_users_see_it")
 
+ROOT = Path(__file__).parents[1]
 HERE = str(Path(export.__file__).parents[1]).encode()
 
 NAMES = ["cat", "Dog", "tench, Tinca tinca", "crane", "Kran, früh"]
@@ -390,3 +393,33 @@ def test_latents_have_no_range(tmp_path):
 def test_the_ending_is_the_format(tmp_path, write, ending):
     with pytest.raises(ValueError, match=f"must end in {ending}, got a.bin"):
         write(pipeline(), tmp_path / "a.bin")
+
+
+# -- the page and the example
+
+
+@pytest.mark.slow
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL):
+        exec(compile(block, "export.md", "exec"), names)
+    assert names["images"].shape == (3, 1, 28, 28)
+    assert_close(names["same"], torch.from_numpy(names["images"]), atol=1e-5, rtol=0)
+    assert json.loads(names["extra"]["metadata.json"]) == json.loads(Path("clothes.json").read_text())
+    assert {name: str(value.dtype) for name, value in names["feeds"].items()} == {
+        name: entry["type"] for name, entry in names["inputs"].items()
+    }
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("export_example", ROOT / "examples/07_export.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    images = module.main(["--output_dir", str(tmp_path), "--repeats", "2"])
+    assert images.shape == (80, 1, 28, 28)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["clothes.onnx", "clothes.png"]
+    assert capsys.readouterr().out.count("ms per image") == 4

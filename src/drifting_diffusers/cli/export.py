@@ -33,12 +33,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=ENDINGS, help="of the file (default: as TARGET ends; without an ending this one is added)")
     parser.add_argument("--revision", help="of the repository: a branch, tag or commit")
     graph = parser.add_argument_group("what the file computes")
-    graph.add_argument(
-        "--with-decoder",
-        action=argparse.BooleanOptionalAction,
-        help="whether latents are decoded in it; --no-decoder says no as well (default: where the pipeline has a decoder)",
-    )
-    graph.add_argument("--no-decoder", dest="with_decoder", action="store_false", default=None, help=argparse.SUPPRESS)
+    decodes = graph.add_mutually_exclusive_group()
+    decodes.add_argument("--with-decoder", action="store_true", default=None, help="images (default where the pipeline has a decoder)")
+    decodes.add_argument("--no-decoder", dest="with_decoder", action="store_false", default=None, help="leave latents as they are")
     graph.add_argument("--decoder", metavar="NAME", help="decoder of latents in place of the pipeline's: a folder or a repository")
     graph.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)")
     graph.add_argument("--batch-size", type=_batch_size, metavar="N|dynamic", help="images in one call (default: dynamic, any number)")
