@@ -37,7 +37,9 @@ SPLIT_SEED = 0  # another split would be another experiment, so it does not foll
 
 @dataclass
 class Arguments:
-    pretrained_model_name_or_path: str = field(metadata={"help": "the pipeline to start from: a folder, a repository of the Hub, or fashion-mnist, which comes along"})
+    pretrained_model_name_or_path: str = field(
+        metadata={"help": "the pipeline to start from: a folder, a repository of the Hub, or fashion-mnist, which comes along"}
+    )
     dataset_name: str = field(metadata={"help": "a dataset of the Hub, a folder of images or of parquet files, or a parquet file"})
     train_split: str = field(default="train", metadata={"help": "of the dataset"})
     eval_split: str | None = field(

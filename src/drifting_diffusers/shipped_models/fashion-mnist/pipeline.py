@@ -1,0 +1,1 @@
+from drifting_diffusers import DriftingPipeline as DriftingPipeline

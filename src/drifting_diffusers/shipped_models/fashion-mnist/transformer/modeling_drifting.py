@@ -1,0 +1,1 @@
+from drifting_diffusers import DriftingGenerator as DriftingGenerator
