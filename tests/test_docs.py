@@ -39,7 +39,11 @@ NOT_RUN = {
 }
 """Blocks that are shown and not run, by page and the caption that readers see, and why."""
 
-ELSEWHERE = {"released.md": "test_release_hub.py runs it, against weights on 127.0.0.1", "fields.md": "test_fields_page.py runs it"}
+ELSEWHERE = {
+    "export.md": "test_export.py runs it",
+    "released.md": "test_release_hub.py runs it, against weights on 127.0.0.1",
+    "fields.md": "test_fields_page.py runs it",
+}
 
 
 def blocks(page):
