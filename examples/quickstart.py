@@ -99,7 +99,8 @@ def neighbours(images: Tensor, labels: Tensor, train_images: Tensor, train_label
 
 def make_trainer(arguments: Arguments, train: Dataset, test: Dataset, encoder: SmallClassifier, metrics: Metrics) -> DriftingTrainer:
     torch.manual_seed(arguments.seed)
-    generator = DriftingGenerator(**PRESETS["fashion-mnist"].model | {"guidance_embedding": arguments.guidance})
+    shape: dict[str, Any] = PRESETS["fashion-mnist"].model | {"guidance_embedding": arguments.guidance}
+    generator = DriftingGenerator(**shape)
     fifth, half = max(1, arguments.max_steps // 5), max(1, arguments.max_steps // 2)
     config = DriftingConfig.preset(
         "fashion-mnist",

@@ -32,7 +32,8 @@ def test_every_block_runs(block, newcomer):
     exec(compile(block, "README.md", "exec"), names)
     if "pipe" in names:
         assert len(names["images"]) == 8
-        assert Image.open(newcomer / "drawn.png").size == (448, 224)
+        with Image.open(newcomer / "drawn.png") as drawn:
+            assert drawn.size == (448, 224)
     if "trainer" in names:
         assert (newcomer / "outputs/mine/pipeline/model_index.json").exists()
     if "field" in names:
