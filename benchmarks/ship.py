@@ -69,7 +69,8 @@ def shipped_results(run: Path, evaluation: Path) -> dict[str, Any]:
 def from_the_package(card: str, name: str) -> str:
     """The card's snippet with the folder that comes along in the place of a repository; there is none to load generically."""
     generic = card.index("`DiffusionPipeline.from_pretrained(")
-    card = card[:generic] + card[card.index("\n\n", generic) + 2 :]
+    precision = "It draws in float32 and bfloat16; in float16 its activations overflow."
+    card = card[:generic] + precision + card[card.index("\n\n", generic) :]
     card = card.replace(f'from_pretrained("{name}")', f'from_pretrained(shipped_model("{name}"))')
     return card.replace("import DriftingPipeline\n", "import DriftingPipeline, shipped_model\n")
 

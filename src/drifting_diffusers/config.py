@@ -122,7 +122,7 @@ class RunConfig:
     )
     push_to_hub: bool = _described(False, "upload the model, with its card, as hub_strategy says")
     hub_model_id: str | None = _described(None, "USER/REPOSITORY to push to; the folder's name if not given")
-    hub_private_repo: bool = _described(False, "make that repository private, should it be new")
+    hub_private_repo: bool = _described(False, "make that repository private, should it be new; one that is public is refused")
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = _described(
         "every_save", "push at the end, with every checkpoint, or the checkpoints themselves too: the last one or all"
     )
