@@ -20,7 +20,10 @@ def serving(folder: Path, *words: str) -> Iterator[tuple[str, "subprocess.Popen[
     environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     environment |= {"GRADIO_TEMP_DIR": str(folder / "gradio"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "drifting_diffusers.cli", *words, "--no-browser", "--port", "0"]
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, text=True) as process:
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, text=True, preexec_fn=_heard) as process,
+    ):
         try:
             yield _address(process, log), process, log
         finally:
@@ -30,6 +33,11 @@ def serving(folder: Path, *words: str) -> Iterator[tuple[str, "subprocess.Popen[
                     process.wait(30)
                 except subprocess.TimeoutExpired:
                     process.kill()
+
+
+def _heard() -> None:
+    """Ctrl-C ends the process also where its parent was started in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _address(process: "subprocess.Popen[str]", log: Path) -> str:

@@ -130,6 +130,7 @@ def test_what_passes_by_is_not_decoded(stream, tmp_path):
     write(cache.folder, cut_at(stream, 1))
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(stream, parquet, tmp_path):
     VAE.save_pretrained(tmp_path / "vae")
     words = arguments(parquet, tmp_path)

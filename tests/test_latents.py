@@ -301,6 +301,7 @@ def test_the_example_takes_a_part_as_the_release_would(example, tmp_path):
     assert (written.labels.tolist(), written.names, written.description["dtype"]) == ([0, 1], ["a", "b", "c"], "float32")
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(example, cache, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "examples/cache_latents.py"),

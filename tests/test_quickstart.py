@@ -50,6 +50,7 @@ def test_the_pipeline_knows_the_classes(run):
     assert f"| accuracy | {run[0]['metrics']['accuracy']:.4g} | {run[0]['real']['accuracy']:.4g} |" in card
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_the_finished_run(run):
     results, _, arguments = run
     again = load_example("quickstart").main(arguments)

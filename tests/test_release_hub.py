@@ -175,6 +175,7 @@ else:
     )
 
 
+@pytest.mark.slow
 def test_kept_conversions(hub, tmp_path):
     """Offline, with part of what was downloaded or none of it; in a folder that is read-only; damaged; of values that a type cannot hold."""
     run_script(PREAMBLE + 'DriftingGenerator.from_release("latent_B_sota")', tmp_path, hub.url)
@@ -222,6 +223,7 @@ refused(OSError, "delete that folder")
     run_script(PREAMBLE + script, tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_convert_once(hub, tmp_path):
     """As `torchrun` starts them."""
     script = PREAMBLE + (
@@ -253,6 +255,7 @@ def command(*arguments: object, home: Path, endpoint: str, status: int = 0) -> s
     return done
 
 
+@pytest.mark.slow
 def test_the_command_converts_by_name_and_pushes_with_the_card(hub, shared, tmp_path):
     target = tmp_path / "models/drifting-B"
     done = command("convert", "latent_B_sota", target, "--push-to-hub", "tester/drifting-B", "--private", home=tmp_path, endpoint=hub.url)

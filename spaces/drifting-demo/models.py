@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from gpu import on_gpu
+from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from drifting_diffusers import DriftingPipeline
 from drifting_diffusers.shipped import find_pipeline
 
 MOST_IMAGES, MOST_PIXELS = 256, 2**21  # of one call; 32 images of 256 x 256
+MOST_BYTES = 4 * 10**9  # of a repository that a visitor types
 KNOWN: dict[str, str] = {}  # what the owner of the page offers: a short name -> what `find_pipeline` takes
 
 _one_call_at_a_time = threading.Lock()
@@ -44,11 +46,27 @@ def load(name: str) -> DriftingPipeline:
             raise ValueError(f"no model is named {name!r}: choose one of {', '.join(KNOWN)}, or type a repository of the Hub as user/name")
         validate_repo_id(name)
     try:
-        pipe = DriftingPipeline.from_pretrained(find_pipeline(KNOWN.get(name, name)))
+        if name in KNOWN:
+            pipe = DriftingPipeline.from_pretrained(find_pipeline(KNOWN[name]))
+        else:
+            _check_size(name)
+            pipe = DriftingPipeline.from_pretrained(name, token=False)  # the owner's token opens what the owner offers and nothing else
     except OSError as error:
         raise OSError(f"{name} cannot be loaded, is it a drifting pipeline, public, and the network there? {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_size(name: str) -> None:
+    """Before anything large is fetched.
+
+    Raises:
+        ValueError: for a large repository.
+    """
+    told = HfApi(token=False).model_info(name, files_metadata=True)
+    size = sum(file.size or 0 for file in told.siblings or [])
+    if size > MOST_BYTES:
+        raise ValueError(f"{name} has {size / 1e9:.0f} GB, and this page fetches up to {MOST_BYTES / 1e9:.0f}: open it on your own machine")
 
 
 def classes(pipe: DriftingPipeline) -> list[tuple[str, str | int]]:

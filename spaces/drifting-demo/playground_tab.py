@@ -52,7 +52,7 @@ def playground_tab(tab: gr.Tab | None, page: gr.Blocks) -> None:
     go.click(with_messages(frames), asked, stage, api_name="play", **more)
     more["api_visibility"] = "private"
     (page.load if tab is None else tab.select)(with_messages(first_frames), asked, stage, **more)
-    stop.click(Turn.take, turn, None, queue=False, show_progress="hidden", api_visibility="private")
+    stop.click(_stop, turn, None, queue=False, show_progress="hidden", api_visibility="private")
     target.change(lambda name: gr.Column(visible=name == DRAWING), target, paper, api_visibility="private", show_progress="hidden")
     # What is chosen or drawn is seen at once, from the start.
     chosen = field.input(_suits, field, [field, temperature], api_visibility="private", show_progress="hidden")
@@ -69,6 +69,11 @@ class Turn:
     def take(self) -> int:
         self.number += 1
         return self.number
+
+
+def _stop(turn: Turn) -> None:
+    """A play that has lost its turn ends."""
+    turn.take()
 
 
 def frames(

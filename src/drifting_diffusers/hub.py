@@ -23,6 +23,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from PIL import Image
 
 from .cards import (
+    ABOUT,
     CARD_MARK,
     CURVES,
     PICTURES,
@@ -298,6 +299,8 @@ def settle_card(
         add_pictures(model, folder)
     shown = [name for name in PICTURES if name in chosen or (folder / name).exists()]
     render = model_card if isinstance(model, DiffusionPipeline) else network_card
+    if about and "metrics" in about:  # other numbers: how the former ones were made is not said of them
+        results = {name: results[name] for name in ABOUT if name in results}
     (folder / README).write_text(render(model, {**results, **(about or {})}, repo_id=repo_id, pictures=shown), encoding="utf-8")
     return theirs
 

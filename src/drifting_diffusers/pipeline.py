@@ -105,7 +105,7 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
             style,
             return_dict=False,
         )[0]
-        images: Any = sample if output_type == "latent" else self.image_processor.postprocess(self.decode(sample).float(), output_type)
+        images: Any = sample if output_type == "latent" else self._images(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -143,6 +143,18 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
             return sample
         scaling, shift = getattr(self.vae.config, "scaling_factor", None), getattr(self.vae.config, "shift_factor", None)
         return self.vae.decode((sample.float() / (scaling or 1.0) + (shift or 0.0)).to(self.vae.dtype), return_dict=False)[0]
+
+    def _images(self, sample: Float[Tensor, "b c h w"], output_type: str) -> Any:
+        """Decoded; NaN would be black in a picture and say nothing."""
+        decoded = self.decode(sample).float()
+        if output_type != "pt" and not decoded.isfinite().all():  # "pt" stays on its device, which need not wait
+            parts = [
+                f"{name} in {str(part.dtype)[6:]}"
+                for name, part in (("generator", self.transformer), ("vae", self.vae))
+                if part is not None
+            ]
+            raise ValueError(f"these images are NaN or infinite ({', '.join(parts)}): load the pipeline in bfloat16 or float32")
+        return self.image_processor.postprocess(decoded, output_type)
 
     def _inputs(
         self, n: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: Any, style_labels: Any

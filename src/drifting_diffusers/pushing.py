@@ -1,4 +1,4 @@
-"""Pushing folders to the Hub while a run goes on: in the background, in order, the newest first where several wait, and never at training's expense.
+"""Pushing folders to the Hub while a run goes on: in the background, in order, of several for one place only the newest, and never at training's expense.
 
 What is pushed is a snapshot: weights are hard-linked where the file system can, everything else is copied, into a hidden folder beside the original
 that lives until the push is done. So the original may be deleted or replaced at once. Only rewriting a linked file in place would reach into the

@@ -345,23 +345,25 @@ class DriftingTrainer(TrainingLoop):
         """Save the pipeline of the averaged weights, with pictures, into `pipeline/` of the run if no folder is given, and return the folder."""
         self._restore()
         folder = Path(output_dir) if output_dir else self.run.path / "pipeline"
-        self._on_main(lambda: self._save_pipeline(folder, ema_decay))
+        self._on_main(lambda: self._save_model(folder, ema_decay))
         return folder
 
-    def _save_pipeline(self, folder: Path, ema_decay: float | None = None) -> DriftingPipeline:
+    def _save_model(self, folder: Path, ema_decay: float | None = None) -> DriftingPipeline:
+        """The pipeline, with what its card shows."""
         pipeline = self.pipeline(ema_decay=ema_decay)
         pipeline.save_pretrained(folder)
         add_pictures(pipeline, folder, self.run.path / CURVES)
+        if ema_decay is None:  # of another average nobody took numbers
+            self._save_results(folder)
         return pipeline
 
-    def _save_model(self, folder: Path) -> DriftingPipeline:
-        """The pipeline, with the numbers of the last evaluation for its card."""
-        pipeline, config = self._save_pipeline(folder), self.config
+    def _save_results(self, folder: Path) -> None:
+        """The numbers of the last evaluation, for the card."""
+        config = self.config
         done = [{name: value for name, value in entry.items() if name not in COUNTS} for entry in self.log_history if "energy" in entry]
         if done:
             how = ({"field": config.field} if config.field else {}) | self.about | {"samples_per_class": config.eval_samples_per_class}
             write_text(folder / RESULTS, json.dumps(evaluation_results(done[-1], **how), indent=2))
-        return pipeline
 
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
         """Push the pipeline of the averaged weights, with a card that holds the numbers of the last evaluation.

@@ -40,7 +40,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     decoder.add_argument("--no-vae", action="store_true", default=None, help="leave the decoder out; samples stay latents")
     parser.add_argument("--revision", help="of the release's repository: a branch, tag or commit")
     parser.add_argument("--push-to-hub", metavar="USER/REPOSITORY", help="upload the folder, with its card, after it is written")
-    parser.add_argument("--private", action="store_true", default=None, help="make that repository private, should it be new; a public one is refused")
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="make that repository private, should it be new; a public one is refused"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

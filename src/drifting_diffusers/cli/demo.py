@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .pipelines import located
+
 DESCRIPTION = """\
 Open a page in the browser: draw images of each model, walk between two of them, change their style, and a playground of the idea. Without a PIPELINE it is the
 model that comes with the package, and needs no network. Ctrl-C ends it.
@@ -41,6 +43,8 @@ def page_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
+    for name in options.pipelines:
+        located(name)  # a typo is told at once
     serve(options, options.pipelines)
 
 
@@ -56,7 +60,14 @@ def serve(options: argparse.Namespace, pipelines: Sequence[str]) -> None:
     app: Any = importlib.import_module("app")
     page = app.build(pipelines)
     how = {"server_name": options.host, "server_port": options.port or _free_port(options.host), "share": options.share}
-    page.launch(inbrowser=not options.no_browser, prevent_thread_lock=True, quiet=True, **app.LOOK, **how)
+    try:
+        page.launch(inbrowser=not options.no_browser, prevent_thread_lock=True, quiet=True, **app.LOOK, **how)
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        raise OSError(
+            f"port {options.port} is taken, perhaps by another demo: give another --port, or --port 0 for any free one"
+        ) from error
     print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
     if page.share_url:
         print(f"{page.share_url}  for everybody", flush=True)

@@ -107,7 +107,7 @@ def _load(options: argparse.Namespace) -> Any:
     from ..pipeline import DriftingPipeline
 
     logging.disable_progress_bar()
-    source = located(options.pipeline)
+    source = located(options.pipeline, options.revision)
     with hub_errors(options.decoder or source):
         parts = {"vae": AutoModel.from_pretrained(options.decoder)} if options.decoder else {}
     if options.with_decoder is False:

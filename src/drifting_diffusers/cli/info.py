@@ -56,7 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print what is there."""
-    source = located(options.pipeline)
+    source = located(options.pipeline, options.revision)
     if Path(source).is_dir():
         about = describe(_local(Path(source)))
     else:

@@ -13,15 +13,18 @@ INDEX = "model_index.json"
 HELP = f"a folder, a repository of the Hub (user/name), or what comes along: {', '.join(SHIPPED)}"
 
 
-def located(text: str) -> str:
+def located(text: str, revision: str | None = None) -> str:
     """What `from_pretrained` takes; it is a folder with a pipeline or what may be a repository.
 
     Raises:
         OSError: where there can be no pipeline, with what may be meant instead.
+        ValueError: for a revision of a folder.
     """
     source = find_pipeline(text)
     path = Path(source)
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"--revision {revision} is of a repository, and {text} is a folder: leave it out")
         if (path / INDEX).is_file():
             return source
         inside = sorted(path.glob(f"*/{INDEX}"))

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     images = _draw(pipeline, jobs, options)
     seconds = time.monotonic() - started
     notes = _notes(pipeline, options)
-    if len(files) == len(jobs):
+    if len(files) == len(jobs) and not options.grid:
         for job, image, file in zip(jobs, images, files, strict=True):
             save_picture(image, file, notes | {"label": job.name, "seed": str(job.seed)})
     else:
@@ -138,7 +138,7 @@ def _load(options: argparse.Namespace) -> Any:
 
     logging.disable_progress_bar()
     dtype = getattr(torch, options.dtype)
-    source = located(options.pipeline)
+    source = located(options.pipeline, options.revision)
     with hub_errors(options.vae or source):
         parts = {"vae": AutoencoderKL.from_pretrained(options.vae, dtype=dtype)} if options.vae else {}
     with hub_errors(source):

@@ -99,6 +99,8 @@ def run(options: argparse.Namespace) -> None:
 
 def train_and_save(trainer: "DriftingTrainer", arguments: Arguments) -> None:
     """Train to the end, save a pipeline for every average of the weights, and say how far it came."""
+    if arguments.dataset_name and not Path(arguments.dataset_name).exists():
+        trainer.about.setdefault("dataset", arguments.dataset_name)  # of the Hub: the card names it
     processes = trainer.accelerator.num_processes
     how = (
         f"features: {_features(arguments)}; {processes} {'process' if processes == 1 else 'processes'} on {trainer.accelerator.device.type}"
