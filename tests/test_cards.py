@@ -128,7 +128,10 @@ def test_numbers_and_curves_of_the_folder_are_shown(server, waits, tmp_path):
     assert files(server)["curves.png"] == png()
     pipe.push_to_hub("tester/other", card=tmp_path / "results.json")
     assert "| energy | 0.5 |" in card(server, name="tester/other")
-    (tmp_path / "results.json").write_text(json.dumps({"metrics": {"energy": 0.25}}))
+    (tmp_path / "results.json").write_text(json.dumps({"metrics": {"energy": 0.25}, "sd": {"fid": 0.125}, "command": "the old one"}))
+    pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id="tester/newer", card={"metrics": {"fid": 3.0}})
+    assert "| fid | 3 | - |" in card(server, name="tester/newer")  # nothing of how the former numbers were made
+    assert "the old one" not in card(server, name="tester/newer")
     pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id=NAME)  # over our card of before
     assert "| energy | 0.25 |" in card(server)
 

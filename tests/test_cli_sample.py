@@ -277,3 +277,21 @@ def test_info_of_a_repository_fetches_no_weights(folder, tmp_path):
     assert missing.returncode == 1
     assert missing.stderr.startswith("drifting-diffusers: error: there is no folder user/missing, and no repository of that name")
     assert missing.stderr.count("\n") == 1
+
+
+def test_a_grid_of_one_image_is_a_grid(here, folder):
+    assert main(["sample", str(folder), "--labels", "1", "--grid", "--output", "one.png"]) == 0
+    assert pixels("one.png").shape[0] > SIDE - 8  # enlarged, and its name beside it
+    assert pixels("one.png").shape[1] > pixels("one.png").shape[0]
+
+
+@pytest.mark.parametrize("words", [["sample", "--labels", "1"], ["info"], ["export", "x.onnx"]], ids=lambda words: words[0])
+def test_a_folder_has_no_revisions(here, folder, capsys, words):
+    verb, *rest = words
+    assert main([verb, str(folder), *rest, "--revision", "v1"]) == 1
+    assert "--revision v1 is of a repository" in capsys.readouterr().err
+
+
+def test_a_demo_of_a_typo_is_told_at_once(here, capsys):
+    assert main(["demo", "fashion-mnist", "nosuch", "--no-browser"]) == 1
+    assert "there is no folder nosuch" in capsys.readouterr().err

@@ -538,3 +538,11 @@ def test_the_snippet_of_the_card_runs(tmp_path, build):
     scope: dict = {}
     exec(snippet, scope)
     assert len(scope["images"]) == min(2, pipe.transformer.config.num_classes or 2)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+def test_images_that_are_nan_are_no_black_pictures(pipe, output_type):
+    with torch.no_grad():
+        pipe.transformer.class_embedding.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"NaN or infinite \(generator in float32.*bfloat16 or float32"):
+        pipe(0, output_type=output_type)

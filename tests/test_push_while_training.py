@@ -134,6 +134,8 @@ def test_what_a_killed_run_left_of_its_pushes_is_cleared_away(images, tmp_path, 
 def test_a_run_is_pushed_by_hand_with_the_numbers_of_its_last_evaluation(images, tmp_path, server):
     run = trainer(images, tmp_path / "run", max_steps=2)
     found = run.train()
+    saved = json.loads((run.save_model() / "results.json").read_text())
+    assert saved["metrics"]["energy"] == found["energy"]
     run.push_to_hub("tester/other", commit_message="by hand")
     there = server.repositories["tester/other"]
     assert there.messages[-1] == "by hand"

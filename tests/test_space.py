@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from loopback_hub import LoopbackHub, Repository, run_script
 from PIL import Image
 from space_server import serving
 
@@ -248,3 +249,37 @@ def test_the_wheel_holds_the_space(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         inside = {entry for entry in wheel.namelist() if entry.startswith("drifting_diffusers/space/")}
     assert inside == {f"drifting_diffusers/space/{file.name}" for file in find_space().iterdir() if file.is_file()}
+
+
+@pytest.mark.hub
+def test_a_visitors_repository_is_fetched_without_the_owners_token_and_up_to_a_size(tmp_path):
+    pipeline(tmp_path / "pipeline", seed=0, in_channels=1, num_classes=2, num_style_tokens=0)
+    content = {
+        str(file.relative_to(tmp_path / "pipeline")): file.read_bytes() for file in (tmp_path / "pipeline").rglob("*.*") if file.is_file()
+    }
+    with LoopbackHub() as hub:
+        for name, private in (("tester/public", False), ("tester/private", True)):
+            hub.repositories[name] = Repository(private=private)
+            hub.repositories[name].commit(content)
+        run_script(
+            f"""
+import sys
+sys.path.insert(0, {str(find_space())!r})
+import models
+from drifting_diffusers import DriftingPipeline
+
+assert models.load("tester/public").transformer.config.num_classes == 2
+DriftingPipeline.from_pretrained("tester/private")  # the token opens it
+for name, limit, sentence in (("tester/private", models.MOST_BYTES, "public"), ("tester/public", 1000, "this page fetches up to")):
+    models.MOST_BYTES = limit
+    models.load.cache_clear()
+    try:
+        models.load(name)
+    except (OSError, ValueError) as error:
+        assert sentence in str(error), error
+    else:
+        raise AssertionError(name)
+""",
+            tmp_path,
+            hub.url,
+        )

@@ -63,8 +63,7 @@ def _check_size(name: str) -> None:
     Raises:
         ValueError: for a large repository.
     """
-    told = HfApi(token=False).model_info(name, files_metadata=True)
-    size = sum(file.size or 0 for file in told.siblings or [])
+    size = sum(getattr(entry, "size", 0) for entry in HfApi(token=False).list_repo_tree(name, recursive=True))
     if size > MOST_BYTES:
         raise ValueError(f"{name} has {size / 1e9:.0f} GB, and this page fetches up to {MOST_BYTES / 1e9:.0f}: open it on your own machine")
 
