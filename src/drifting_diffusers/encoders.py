@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .convert import from_release
-from .features import check_windows, map_statistics
+from .encoded import Reading, in_halves
+from .features import check_windows, map_readings
 from .hub import PushWithCard
 from .shapes import Float, Int
 
@@ -167,6 +168,7 @@ class MaskedAutoencoder(PushWithCard, ModelMixin, ConfigMixin):
 
     # -- features
 
+    @in_halves("maps", "readings")
     def activations(
         self,
         images: Float[Tensor, "n c h w"],
@@ -195,16 +197,29 @@ class MaskedAutoencoder(PushWithCard, ModelMixin, ConfigMixin):
         Raises:
             ValueError: for images that do not fit the configuration, windows or `every_block` below 1.
         """
+        windows = {"mean_windows": mean_windows, "std_windows": std_windows}
+        check_windows(mean_windows, std_windows)  # before a pass through the encoder
+        found: dict[str, Tensor] = {}
+        for name, values in self.maps(images, every_block=every_block).items():
+            reads = self.readings(name, values, mean=mean, std=std, whole_image=whole_image, **windows)
+            values = values.float()  # once: the gradients of all readings meet in float32
+            found |= {key: read(values) for key, read in reads.items()}
+        return found
+
+    def maps(self, images: Float[Tensor, "n c h w"], *, every_block: int | None = 2) -> dict[str, Float[Tensor, "n _ _ _"]]:
+        """The half of `activations` that costs: the maps by name, in the encoder's precision, and `image`, the image itself."""
         self._check_images(images)
         if every_block is not None and not _natural(every_block):
             raise ValueError(f"every_block must be at least 1, an integer, got {every_block!r}; None leaves the blocks out")
-        check_windows(mean_windows, std_windows)  # before a pass through the encoder
-        patched = self.patchify(images.float())
-        found = {"norm_x": (patched.square().mean((2, 3)) + 1e-6).sqrt()[:, None]}
+        return {"image": images.float(), **self._encode(self.patchify(images.float()).to(self.dtype), every_block)}
+
+    def readings(self, name: str, maps: Float[Tensor, "n c h w"], *, whole_image: bool = True, **statistics: Any) -> dict[str, Reading]:
+        """The other half: what `activations` takes of a map of this name and size, each still to be taken."""
+        if name != "image":
+            return map_readings(name, maps, **statistics)
+        found: dict[str, Reading] = {"norm_x": lambda images: (self.patchify(images).square().mean((2, 3)) + 1e-6).sqrt()[:, None]}
         if whole_image:
-            found["global"] = images.float().permute(0, 2, 3, 1).flatten(1)[:, None]
-        for name, maps in self._encode(patched.to(self.dtype), every_block).items():
-            found |= map_statistics(name, maps, mean=mean, std=std, mean_windows=mean_windows, std_windows=std_windows)
+            found["global"] = lambda images: images.permute(0, 2, 3, 1).flatten(1)[:, None]
         return found
 
     def _encode(self, patched: Tensor, every_block: int | None = None) -> dict[str, Tensor]:

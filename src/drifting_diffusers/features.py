@@ -1,13 +1,17 @@
 """What samples are compared in: a feature map turns images into named sets of vectors, one per location."""
 
+import contextlib
+import inspect
 import math
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .encoded import Reading
 from .shapes import Float
 
 
@@ -141,18 +145,96 @@ def map_statistics(
     Raises:
         ValueError: for windows without a side.
     """
-    check_windows(mean_windows, std_windows)
+    reads = map_readings(name, maps, locations=locations, mean=mean, std=std, mean_windows=mean_windows, std_windows=std_windows)
     maps = maps.float()
-    found = {name: maps} if locations else {}
-    if mean:
-        found[f"{name}_mean"] = maps.mean((2, 3), keepdim=True)
-    if std:
-        found[f"{name}_std"] = (maps.var((2, 3), correction=0, keepdim=True) + 1e-6).sqrt()
+    return {key: read(maps) for key, read in reads.items()}
+
+
+def map_readings(
+    name: str,
+    maps: Float[Tensor, "n c h w"],
+    *,
+    locations: bool = True,
+    mean: bool = True,
+    std: bool = True,
+    mean_windows: Sequence[int] = (2, 4),
+    std_windows: Sequence[int] = (2, 4),
+) -> dict[str, Reading]:
+    """`map_statistics`, each still to be taken of maps of this size; see there."""
+    check_windows(mean_windows, std_windows)
     fits = lambda side: maps.shape[2] % side == maps.shape[3] % side == 0
-    windows = lambda side: maps.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (n, c, rows, side, columns, side)
-    found |= {f"{name}_mean_{side}": windows(side).mean((3, 5)) for side in mean_windows if fits(side)}
-    found |= {f"{name}_std_{side}": (windows(side).var((3, 5), correction=0) + 1e-6).sqrt() for side in std_windows if fits(side)}
-    return {key: values.flatten(2).mT for key, values in found.items()}
+    found: dict[str, Reading] = {name: _places} if locations else {}
+    if mean:
+        found[f"{name}_mean"] = lambda maps: maps.float().mean((2, 3)).unsqueeze(1)
+    if std:
+        found[f"{name}_std"] = lambda maps: (maps.float().var((2, 3), correction=0).unsqueeze(1) + 1e-6).sqrt()
+    found |= {f"{name}_mean_{side}": partial(_window_means, side) for side in mean_windows if fits(side)}
+    found |= {f"{name}_std_{side}": partial(_window_stds, side) for side in std_windows if fits(side)}
+    return found
+
+
+def _places(maps: Tensor) -> Tensor:
+    return maps.float().flatten(2).mT
+
+
+def _windows(side: int, maps: Tensor) -> Tensor:
+    return maps.float().unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (n, c, rows, side, columns, side)
+
+
+def _window_means(side: int, maps: Tensor) -> Tensor:
+    return _places(_windows(side, maps).mean((3, 5)))
+
+
+def _window_stds(side: int, maps: Tensor) -> Tensor:
+    return _places((_windows(side, maps).var((3, 5), correction=0) + 1e-6).sqrt())
+
+
+HOPS = 6  # from a feature map to a network that it holds; an attribute, an entry, a name in a function is one
+
+
+def networks_of(feature_map: Any) -> list[nn.Module]:
+    """The networks that a feature map holds: itself, the owner of a method, what a function names, attributes, entries of containers, a few hops deep."""
+    found: dict[int, nn.Module] = {}
+    seen: dict[int, Any] = {}  # kept, so that no number is of two objects
+    here = [feature_map]
+    for _ in range(HOPS):
+        here = [value for value in here if id(value) not in seen]
+        seen |= {id(value): value for value in here}
+        found |= {key: value for key, value in seen.items() if isinstance(value, nn.Module)}
+        here = [held for value in here if not isinstance(value, nn.Module) for held in _held_by(value)]
+    inner = {id(part) for network in found.values() for part in network.modules() if part is not network}
+    return [network for key, network in found.items() if key not in inner]
+
+
+def _held_by(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if inspect.ismethod(value):
+        return [value.__self__, value.__func__]
+    if inspect.isfunction(value):
+        named = [value.__globals__.get(name) for name in value.__code__.co_names]
+        return [
+            *named,
+            *_contents(value.__closure__ or ()),
+            *(value.__defaults__ or ()),
+            *(value.__kwdefaults__ or {}).values(),
+            *vars(value).values(),
+        ]
+    plain = inspect.isclass(value) or inspect.ismodule(value) or isinstance(value, str | bytes | Tensor)
+    return [] if plain else list(getattr(value, "__dict__", {}).values())
+
+
+def _contents(cells: Iterable[Any]) -> list[Any]:
+    """What a function closes over, without what is not there yet."""
+    found = []
+    for cell in cells:
+        with contextlib.suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
 
 
 def check_windows(mean_windows: Sequence[int], std_windows: Sequence[int]) -> None:

@@ -3,6 +3,7 @@ r"""The training objective: images -> features -> field -> loss. One drift loss 
 import copy
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import FeatureMap
+from .encoded import Encoded, Readings, Samples, distinct_of, halves_of, in_pieces
+from .features import FeatureMap, networks_of
 from .fields import DriftingField, Field, Mean, Observer, Situation, batch_mean, memories, read_field, situated, spell
 from .fields.situation import walk
 from .losses import NonFinite, drift_loss
@@ -43,7 +45,8 @@ class DriftingObjective:
         self._chosen = read_field(field) if isinstance(field, str) else field
         self.field: Field = DriftingField() if self._chosen is None else self._chosen
         self.ignored: set[str] = set()
-        self._packed: dict[str, tuple[int, ...]] = {}  # shapes of the features in a packed vector
+        self._packed: dict[str, tuple[int, ...]] = {}  # shapes of the maps in a packed vector
+        self._unpacked: Readings = {}  # what is read of them
         if not self.feature_maps:
             raise ValueError("an objective needs at least one feature map; `Pixels()` is the simplest")
 
@@ -116,10 +119,14 @@ class DriftingObjective:
 
     def freeze(self, device: torch.device) -> None:
         """Bring encoders among the feature maps to the device, into evaluation mode and out of training."""
-        for feature_map in self.feature_maps:
-            module = getattr(feature_map, "__self__", feature_map)  # of a bound method, as in `encoder.activations`
-            if isinstance(module, nn.Module):
-                module.to(device).eval().requires_grad_(False)
+        for network in self.networks:
+            network.to(device).eval().requires_grad_(False)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Every network among the feature maps, however it is wrapped; see `networks_of`."""
+        found = {id(network): network for feature_map in self.feature_maps for network in networks_of(feature_map)}
+        return list(found.values())
 
     def features(self, images: Float[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n l d"]]:
         """All features of the images by name, in float32: distances underflow in 16 bits."""
@@ -127,9 +134,7 @@ class DriftingObjective:
         with torch.autocast(images.device.type, enabled=False):
             for feature_map in self.feature_maps:
                 new = feature_map(images.float())
-                repeated = found.keys() & new.keys()
-                if repeated:
-                    raise ValueError(f"two feature maps give {sorted(repeated)}; names must differ")
+                _check_repeated(found, new)
                 found |= new
         return {name: values for name, values in found.items() if name not in self.ignored}
 
@@ -150,38 +155,73 @@ class DriftingObjective:
 
     @torch.no_grad()
     def pack(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n f"]:
-        """All features of each image as one vector, for a bank that keeps features instead of images. Exact while feature maps are frozen."""
-        found = self.features(images)
-        self._packed = {name: tuple(values.shape[1:]) for name, values in found.items()}
-        return torch.cat([values.flatten(1) for values in found.values()], dim=1)
+        """What all features of each image are read from, as one vector, for a bank that keeps it instead of images. Exact while feature maps are frozen."""
+        maps, readings = self._maps(images)
+        self._packed, self._unpacked = {key: tuple(values.shape[1:]) for key, values in maps.items()}, readings
+        return torch.cat([values.flatten(1) for values in maps.values()], dim=1)
+
+    def _maps(self, images: Float[Tensor, "n c h w"]) -> tuple[dict[str, Tensor], Readings]:
+        """What a network computes of images, by name, and what `features` reads of it."""
+        maps, readings = dict[str, Tensor](), Readings()
+        if type(self).features is not DriftingObjective.features:  # of a subclass: what it says holds
+            maps = self.features(images)
+            return maps, {name: (name, _as_it_is) for name in maps}
+        with torch.autocast(images.device.type, enabled=False):
+            for i, feature_map in enumerate(self.feature_maps):
+                compute, read = halves_of(feature_map)
+                new = {f"{i}/{key}": (key, values) for key, values in compute(images.float()).items()}
+                read_of = {name: (at, how) for at, (key, values) in new.items() for name, how in read(key, values).items()}
+                _check_repeated(readings, read_of)
+                readings |= {name: how for name, how in read_of.items() if name not in self.ignored}
+                maps |= {at: values for at, (_, values) in new.items()}
+        wanted = {at for at, _ in readings.values()}
+        return {at: values for at, values in maps.items() if at in wanted}, readings
 
     def __call__(
         self,
         generated: Float[Tensor, "l n c h w"],
-        positives: Float[Tensor, "l p *image"],
-        negatives: Float[Tensor, "l m *image"] | None = None,
+        positives: Samples,
+        negatives: Samples | None = None,
         negative_weights: Float[Tensor, " l"] | None = None,
         mean: Mean = batch_mean,
         situation: Situation = Situation(),
     ) -> tuple[Float[Tensor, ""], dict[str, Measured]]:
         """The loss of a step over l labels, and what each feature measured. Differentiable in `generated` only.
 
+        Real images are encoded in inference mode, after the generated ones, and `Repeated` ones once.
+
         Args:
             generated: n samples per label.
-            positives: p real images per label, [l, p, c, h, w], or their packed features, [l, p, f].
-            negatives: m unconditional real images per label, or their packed features.
+            positives: p real images per label, [l, p, c, h, w], or packed, [l, p, f].
+            negatives: m unconditional real images per label, or packed.
             negative_weights: the mass of each label's negatives; see `unconditional_weight`.
             mean: how means over the whole step are taken.
             situation: the step and its labels, for fields that change over a run or remember classes.
         """
-        with torch.no_grad():
-            attracting = self.problems(positives)
-            repelling = {} if negatives is None else self.problems(negatives)
-        return self.compare(self.problems(generated), attracting, repelling, negative_weights, mean=mean, situation=situation)
+        moved = self.problems(generated)  # first: what feature maps remember for later calls is made outside of inference mode
+        attracting, repelling = self.encode(positives), {} if negatives is None else self.encode(negatives)
+        return self.compare(moved, attracting, repelling, negative_weights, mean=mean, situation=situation)
+
+    def encode(self, samples: Samples, *, at_once: int | None = None) -> Encoded:
+        """`problems` of real samples, without a graph, every distinct one encoded once. Each feature is made when it is read.
+
+        Args:
+            samples: images [l, n, c, h, w], or packed, [l, n, f].
+            at_once: images in a network at once; all if not given.
+        """
+        distinct, places = distinct_of(samples)
+        look = self._unpack if samples.ndim == 3 else self._maps
+        with torch.inference_mode():
+            maps, readings = in_pieces(lambda part: look(distinct[part]), len(distinct), at_once or len(distinct))
+        return Encoded(maps, readings, places)
 
     def problems(self, samples: Tensor) -> dict[str, Float[Tensor, "b n d"]]:
-        """Features of images [l, n, c, h, w], or packed features [l, n, f], by name: one problem per (label, location), labels first."""
-        found = self._unpack(samples.flatten(0, 1)) if samples.ndim == 3 else self.features(samples.flatten(0, 1))
+        """Features of images [l, n, c, h, w], or of packed ones [l, n, f], by name: one problem per (label, location), labels first."""
+        if samples.ndim == 3:
+            maps, readings = self._unpack(samples.flatten(0, 1))
+            found = {name: read(maps[key]) for name, (key, read) in readings.items()}
+        else:
+            found = self.features(samples.flatten(0, 1))
         return {name: values.unflatten(0, samples.shape[:2]).transpose(1, 2).flatten(0, 1) for name, values in found.items()}
 
     def compare(
@@ -280,14 +320,23 @@ class DriftingObjective:
             part = lambda name: torch.autograd.grad((features[name] * slopes[name]).sum(), images, retain_graph=True)[0]
             return [name for name in features if not bool(torch.isfinite(part(name)).all())]
 
-    def _unpack(self, vectors: Float[Tensor, "n f"]) -> dict[str, Float[Tensor, "n l d"]]:
-        sizes = [locations * channels for locations, channels in self._packed.values()]
+    def _unpack(self, vectors: Float[Tensor, "n f"]) -> tuple[dict[str, Tensor], Readings]:
+        sizes = [math.prod(shape) for shape in self._packed.values()]
         if sum(sizes) != vectors.shape[1]:
             raise ValueError(
                 f"packed features have {sum(sizes)} numbers per image here, got {vectors.shape[1]}; pack them with this objective"
             )
         parts = vectors.split(sizes, dim=1)
-        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self._packed.items(), parts, strict=True)}
+        return {key: part.unflatten(1, shape) for (key, shape), part in zip(self._packed.items(), parts, strict=True)}, self._unpacked
+
+
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
+
+
+def _check_repeated(found: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    if repeated := found.keys() & new.keys():
+        raise ValueError(f"two feature maps give {sorted(repeated)}; names must differ")
 
 
 def described(value: Any) -> Any:
