@@ -11,6 +11,7 @@ from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from .chance import generators
 from .extractors import digest
 from .files import write_tensors, write_text
 from .shapes import Float
@@ -41,7 +42,7 @@ def encoded(images: Float[Tensor, "b c h w"], vae: ModelMixin, first: int, contr
     for mirrored in range(1 + contract["flips"]):
         moments = posterior(vae, images.flip(3) if mirrored else images)
         if contract["stored"] == "sample":
-            moments = (drawn(*moments, [of_row(first + i, mirrored) for i in range(len(images))], contract),)
+            moments = (drawn(*moments, of_rows(range(first, first + len(images)), mirrored), contract),)
         views.append(moments)
     stored = [torch.stack(tensors, dim=1).to(getattr(torch, contract["dtype"])) for tensors in zip(*views, strict=True)]
     if not all(tensor.isfinite().all() for tensor in stored):
@@ -52,16 +53,19 @@ def encoded(images: Float[Tensor, "b c h w"], vae: ModelMixin, first: int, contr
     return stored
 
 
-def of_row(row: int, mirrored: int = 0) -> np.random.Generator:
-    """The chance of an image, or mirror image, that is the same whenever it is looked at."""
-    return np.random.default_rng((SAME, row, mirrored))
+def of_rows(rows: Sequence[int], mirrored: int = 0) -> list[np.random.Generator]:
+    """The chance of images, or mirror images, that is the same whenever they are looked at."""
+    return generators([(SAME, row, mirrored) for row in rows])
 
 
 def drawn(
     mean: Float[Tensor, "n k y x"], std: Float[Tensor, "n k y x"], chance: Sequence[np.random.Generator], scales: dict[str, Any]
 ) -> Float[Tensor, "n k y x"]:
     """One scaled latent each."""
-    eps = torch.from_numpy(np.stack([rng.standard_normal(mean.shape[1:], dtype=np.float32) for rng in chance]))
+    noise = np.empty(mean.shape, dtype=np.float32)
+    for rng, of_one in zip(chance, noise, strict=True):
+        rng.standard_normal(dtype=np.float32, out=of_one)
+    eps = torch.from_numpy(noise)
     return eps.mul_(std).add_(mean).sub_(scales["shift_factor"]).mul_(scales["scaling_factor"])
 
 

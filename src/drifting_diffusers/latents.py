@@ -15,6 +15,7 @@ A folder of safetensors shards, each `labels` [n] and `mean`, `std` [n, flips, c
 (bfloat16: 0.0017).
 """
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .data import RealSamples
+from .chance import generators
+from .data import RealSamples, heads
 from .latent_shards import (
     DESCRIPTION,
     STORED,
@@ -45,7 +47,7 @@ from .latent_shards import (
     finish,
     latent_shape,
     name_of,
-    of_row,
+    of_rows,
     shards_of,
     weights_of,
     write_shard,
@@ -54,6 +56,7 @@ from .sampling import processes
 from .shapes import Float, Int
 
 CHUNK = 32  # latents computed at a time: they stay in the processor's cache
+BITS = {2: torch.int16, 4: torch.int32}  # by bytes
 AGAIN = "run cache_latents (of a stream cache_stream) with the same arguments again: it makes only what is missing"
 
 
@@ -83,6 +86,7 @@ class LatentCache(RealSamples):
         self.channels, *size = self.description["latent_shape"]
         self.size = (size[0], size[1])
         self.names: list[str] | None = self.description["names"]
+        self._draws, self._dtype = self.description["stored"] == "moments", getattr(torch, self.description["dtype"])
         self._firsts = np.array([shard["first"] for shard in self.description["shards"]])
         labels, self._shards = zip(*(_open(self.folder, shard, self.description) for shard in self.description["shards"]), strict=True)
         self.labels = np.concatenate(labels)
@@ -93,7 +97,8 @@ class LatentCache(RealSamples):
     def gather(self, rows: Sequence[int]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
         """The scaled latents [n, c, h, w] of these rows in float32, not mirrored, and their labels. A row's eps is a function of the row alone."""
         at = self._checked(rows)
-        return self._latents(at, np.zeros_like(at), [of_row(row) for row in at.tolist()]), torch.from_numpy(self.labels[at])
+        chance = of_rows(at.tolist()) if self._draws else []
+        return self._latents(at, np.zeros_like(at), chance), torch.from_numpy(self.labels[at])
 
     def varied(self, rows: Sequence[int], seeds: Sequence[Sequence[int]], *, flip: bool) -> Float[Tensor, "n c h w"]:
         """The scaled latents [n, c, h, w] of these rows in float32; which are mirrored, and eps, are functions of the seeds.
@@ -111,9 +116,11 @@ class LatentCache(RealSamples):
                 f"{self.folder} holds no mirrored images: train with random_flip=False, or write another cache with flips=True"
             )
         at = self._checked(rows)
-        chance = [np.random.default_rng((VARIED, *seed)) for seed in seeds]
-        heads = np.array([rng.random() < 0.5 for rng in chance], dtype=np.int64)
-        return self._latents(at, heads * flip, chance)
+        if len(at) != len(seeds):
+            raise ValueError(f"every row needs a seed, got {len(at)} rows and {len(seeds)} seeds")
+        chance = generators([(VARIED, *seed) for seed in seeds]) if flip or self._draws else []
+        mirrored = np.array([heads(rng) for rng in chance], dtype=np.int64) if chance else np.zeros_like(at)
+        return self._latents(at, mirrored * flip, chance)
 
     def fingerprint(self) -> dict[str, Any]:
         """Enough to tell one cache from another: what `RealSamples` says, the digest of the VAE, and whether moments are stored."""
@@ -129,26 +136,23 @@ class LatentCache(RealSamples):
         """In the order of the files, so that neighbours on disk are read together."""
         out = torch.empty(len(rows), self.channels, *self.size)
         order = np.argsort(rows, kind="stable")
+        shard = np.searchsorted(self._firsts, rows, side="right") - 1
+        place = (rows - self._firsts[shard]) * (1 + self.description["flips"]) + mirrored
         for first in range(0, len(rows), CHUNK):
             part = order[first : first + CHUNK]
-            out[torch.from_numpy(part)] = self._drawn(self._stored(rows[part], mirrored[part]), [chance[i] for i in part])
+            mean, *std = self._stored(shard[part], place[part])
+            z = drawn(mean.float(), std[0].float(), [chance[i] for i in part], self.description) if std else mean.float()
+            out[torch.from_numpy(part)] = z
         return out
 
-    def _stored(self, rows: np.ndarray, mirrored: np.ndarray) -> list[Tensor]:
-        """The entries of these sorted rows as they lie in the shards: mean and std, or latents, each [n, c, h, w]."""
-        shard = np.searchsorted(self._firsts, rows, side="right") - 1
-        at = (rows - self._firsts[shard]) * (1 + self.description["flips"]) + mirrored
-        here, cuts = np.unique(shard, return_index=True)
-        parts = [
-            [tensor.index_select(0, torch.from_numpy(rows)) for tensor in self._shards[s]]
-            for s, rows in zip(here, np.split(at, cuts[1:]), strict=True)
-        ]
-        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-
-    def _drawn(self, stored: list[Tensor], chance: Sequence[np.random.Generator]) -> Float[Tensor, "n c h w"]:
-        if self.description["stored"] == "sample":
-            return stored[0].float()
-        return drawn(stored[0].float(), stored[1].float(), chance, self.description)
+    def _stored(self, shard: np.ndarray, place: np.ndarray) -> list[Tensor]:
+        """The entries at these places of these sorted shards as they lie there: mean and std, or latents, each [n, c, h, w]."""
+        found = [np.empty((len(place), *self.description["latent_shape"]), dtype=bits.dtype) for bits in self._shards[0]]
+        cuts = np.flatnonzero(np.diff(shard)) + 1
+        for first, last in itertools.pairwise([0, *cuts.tolist(), len(shard)]):
+            for bits, rows in zip(self._shards[shard[first]], found, strict=True):
+                np.take(bits, place[first:last], axis=0, out=rows[first:last], mode="clip")  # any other mode writes into a copy first
+        return [torch.from_numpy(rows).view(self._dtype) for rows in found]
 
 
 def cache_latents(
@@ -271,8 +275,11 @@ def _description(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _open(folder: Path, shard: dict[str, Any], description: dict[str, Any]) -> tuple[np.ndarray, list[Tensor]]:
-    """The labels of a shard, loaded, and what else it holds, mapped: images and their mirror images one after the other, [n * flips, c, h, w]."""
+def _open(folder: Path, shard: dict[str, Any], description: dict[str, Any]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The labels of a shard, loaded, and what else it holds, mapped: images and their mirror images one after the other, [n * flips, c, h, w].
+
+    It is mapped as integers of the same width: NumPy, which copies rows with less ado than torch, knows no bfloat16.
+    """
     file = folder / shard["file"]
     if not file.exists():
         raise FileNotFoundError(f"the latent cache {folder} lacks {shard['file']}: copy it from where the cache was made, or {AGAIN}")
@@ -288,7 +295,7 @@ def _open(folder: Path, shard: dict[str, Any], description: dict[str, Any]) -> t
         raise ValueError(
             f"{file} is not the one that {DESCRIPTION} tells of: its tensors must be {list(shape)} in {description['dtype']}, got {got}; delete it and {AGAIN}"
         )
-    return labels, [tensor.flatten(0, 1) for tensor in tensors]
+    return labels, [tensor.flatten(0, 1).view(BITS[tensor.element_size()]).numpy() for tensor in tensors]
 
 
 def _check_labels(images: RealSamples, names: Sequence[str] | None) -> None:
