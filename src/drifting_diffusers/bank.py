@@ -1,8 +1,11 @@
 """Recent real samples by class: what the generated ones are compared with (arXiv 2602.04770, A.4)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .encoded import Repeated, Samples
 from .shapes import Int
 
 
@@ -12,9 +15,10 @@ class SampleBank:
     Args:
         num_classes: classes; 1 for a bank of unconditional negatives, pushed with label 0.
         capacity: samples kept per class; the paper has 128, and 1000 for the unconditional bank.
-        sample_shape: shape of one sample.
+        sample_shape: shape of one sample, as it is kept.
         dtype: what samples are stored in. uint8 is of images: [-1, 1] in 256 levels, exact for 8-bit images that were not resized.
         device: where they are stored; draws come from there.
+        pack: what is kept of samples, [n, ...] -> [n, *sample_shape]; themselves if not given.
     """
 
     def __init__(
@@ -25,10 +29,12 @@ class SampleBank:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        pack: Callable[[Tensor], Tensor] | None = None,
     ):
         if num_classes < 1 or capacity < 1:
             raise ValueError(f"a bank needs at least one class and one place per class, got {num_classes} classes and capacity {capacity}")
         self.samples = torch.zeros(num_classes, capacity, *sample_shape, dtype=dtype, device=device)
+        self.pack = pack
         self.next = torch.zeros(num_classes, dtype=torch.long)  # where the next sample of a class goes
         self.count = torch.zeros(num_classes, dtype=torch.long)  # how many places of a class are filled
 
@@ -42,6 +48,7 @@ class SampleBank:
         Raises:
             ValueError: for shapes or labels that do not fit the bank; nothing is stored then.
         """
+        samples = samples if self.pack is None else self.pack(samples)
         if samples.shape[1:] != self.samples.shape[2:] or labels.shape != samples.shape[:1]:
             raise ValueError(
                 f"samples must be [n, {', '.join(map(str, self.samples.shape[2:]))}] with labels [n], got {list(samples.shape)} and {list(labels.shape)}"
@@ -58,7 +65,7 @@ class SampleBank:
 
     def put(self, labels: Int[Tensor, " n"], places: Int[Tensor, " n"], samples: Tensor) -> None:
         """Store samples [n, ...] in these places of the rings; what is the newest and how many there are does not change."""
-        device = self.samples.device
+        device, samples = self.samples.device, samples if self.pack is None else self.pack(samples)
         self.samples[labels.to(device), places.to(device)] = stored(samples.to(device), self.samples.dtype)
 
     def draw(self, labels: Int[Tensor, " l"], n: int, *, generator: torch.Generator) -> Tensor:
@@ -68,6 +75,10 @@ class SampleBank:
             ValueError: for no labels, labels that do not fit the bank, or n below 1.
             LookupError: for a class of which no sample was pushed yet. Zeros would train on black images.
         """
+        return self.samples[labels[:, None].to(self.samples.device), self.places(labels, n, generator=generator).to(self.samples.device)]
+
+    def places(self, labels: Int[Tensor, " l"], n: int, *, generator: torch.Generator) -> Int[Tensor, "l n"]:
+        """Where in the ring of its class each sample of a draw is; errors are those of `draw`."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}: to draw nothing, do not call draw")
         if not len(labels):
@@ -76,11 +87,19 @@ class SampleBank:
         missing = sorted({int(label) for label in labels if self.count[label] == 0})
         if missing:
             raise LookupError(f"no sample yet for classes {missing}: push them before drawing, or leave these labels out of the step")
-        return torch.stack([self.samples[label, self._places(int(self.count[label]), n, generator)] for label in labels.tolist()])
+        counts = self.count[labels].tolist()
+        some = lambda count: (
+            torch.randperm(count, generator=generator)[:n] if count >= n else torch.randint(count, (n,), generator=generator)
+        )
+        return torch.stack([some(count) for count in counts])
 
-    def _places(self, count: int, n: int, generator: torch.Generator) -> Tensor:
-        places = torch.randperm(count, generator=generator)[:n] if count >= n else torch.randint(count, (n,), generator=generator)
-        return places.to(self.samples.device)
+    def at(self, labels: Int[Tensor, " l"], places: Int[Tensor, "l n"]) -> Samples:
+        """The samples at these places of the rings of these classes, [l, n, ...], every distinct one once where some repeat."""
+        flat, samples = labels[:, None] * self.capacity + places, self.samples.flatten(0, 1)
+        once, back = flat.unique(return_inverse=True)
+        if len(once) == flat.numel():
+            return samples[flat.to(samples.device)]
+        return Repeated(samples[once.to(samples.device)], back)
 
     def _check_labels(self, labels: Tensor) -> None:
         if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < len(self.count)):

@@ -3,72 +3,19 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from .config_rules import CHANGEABLE, ELSEWHERE, GENERATOR_RULES, RULES, Rule, at_least
 from .presets import ENCODER_PRESETS, PRESETS, Preset
 
 CONFIG_NAME = "training_config.json"
-Rule = tuple[str, Callable[[Any], bool]]
 Config = TypeVar("Config", bound="RunConfig")
-
-CHANGEABLE = (
-    "logging_steps",
-    "eval_steps",
-    "preview_steps",
-    "metric_for_best_model",
-    "greater_is_better",
-    "save_steps",
-    "save_total_limit",
-    "eval_samples_per_class",
-    "dataloader_num_workers",
-    "labels_per_microbatch",
-    "microbatch_size",
-    "gradient_checkpointing",
-    "torch_compile",
-    "bank_device",
-    "report_to",
-    "run_name",
-    "project",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-    "hub_strategy",
-    "resume_from_checkpoint",
-    "max_skipped_steps",
-)
-"""What may differ when a run is resumed: nothing of it changes what is computed, but for rounding."""
-
-ELSEWHERE = ("output_dir", "field")
-"""What tells no run from another: where it is, and the field's name, because the setup of a run describes the field itself."""
 
 
 def _described(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
-
-
-def _at_least(least: float, *names: str) -> dict[str, Rule]:
-    return dict.fromkeys(names, (f"be at least {least}", lambda value: value >= least))
-
-
-def _one_of(*allowed: str) -> Rule:
-    return f"be one of {allowed}", lambda value: value in allowed
-
-
-RULES: dict[str, Rule] = {
-    **_at_least(0, "seed", "warmup_steps", "weight_decay", "dataloader_num_workers", "max_skipped_steps"),
-    **_at_least(1, "max_steps", "logging_steps", "save_steps", "save_total_limit"),
-    "learning_rate": ("be at least 1e-6, where the warm-up starts", lambda value: value >= 1e-6),
-    "max_grad_norm": ("be above 0", lambda value: value > 0),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "ema_decay"), ("lie in [0, 1)", lambda value: 0 <= value < 1)),
-    "more_ema_decays": ("be different numbers in [0, 1)", lambda values: all(0 <= v < 1 for v in values) and len({*values}) == len(values)),
-    "lr_scheduler_type": _one_of("constant", "cosine"),
-    "mixed_precision": _one_of("no", "bf16", "fp16"),
-    "hub_strategy": _one_of("end", "every_save", "checkpoint", "all_checkpoints"),
-}
-"""What a value of every run must be, in words and as a test."""
 
 
 @dataclass(frozen=True)
@@ -219,18 +166,6 @@ class RunConfig:
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name] and name not in (*CHANGEABLE, *ELSEWHERE)}
 
 
-GENERATOR_RULES: dict[str, Rule] = {
-    **_at_least(0, "unconditional_per_label", "labels_per_microbatch", "eval_steps", "preview_steps"),
-    **_at_least(1, "labels_per_step", "positives_per_label", "bank_size", "unconditional_bank_size", "push_per_step", "guidance_max"),
-    **_at_least(2, "generated_per_label", "eval_samples_per_class"),
-    "unguided_share": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
-    "labels_from": _one_of("classes", "data"),
-    "positives_from": _one_of("bank", "dataset"),
-    "bank_device": _one_of("cpu", "accelerator"),
-    "bank_dtype": _one_of("float32", "bfloat16", "float16", "uint8"),
-}
-
-
 @dataclass(frozen=True)
 class DriftingConfig(RunConfig):
     """How a generator is trained. The defaults are the ablation recipe of arXiv 2602.04770, Table 8.
@@ -269,8 +204,14 @@ class DriftingConfig(RunConfig):
     bank_dtype: Literal["float32", "bfloat16", "float16", "uint8"] = _described(
         "float32", "what banks hold; uint8 is of images, rounded to 256 levels: exact for those that were not resized"
     )
-    cache_features: bool = _described(
-        False, "keep the features of banked images instead of the images: exact while feature maps are frozen, faster, more memory"
+    cache_features: bool | Literal["negatives", "all"] = _described(
+        False,
+        "keep what features are made of in the banks in place of images, of the unconditional negatives or of all: exact while feature maps are frozen, "
+        "faster, more memory; how much is said before step 0",
+    )
+    compile_features: bool = _described(False, "compile the networks that samples are compared in")
+    channels_last: bool = _described(
+        False, "keep those networks' maps with channels last in memory, which convolutions on GPUs like; the generator has no convolutions"
     )
     random_flip: bool = _described(False, "mirror half of the real images")
 
@@ -288,6 +229,19 @@ class DriftingConfig(RunConfig):
         if self.field is not None:
             object.__setattr__(self, "field", _in_words(self.field))
         super().__post_init__()
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        if self.cache_features == "all":
+            object.__setattr__(self, "cache_features", True)  # one spelling in files and comparisons
+        if not isinstance(self.cache_features, bool) and self.cache_features != "negatives":
+            meaning = self.__dataclass_fields__["cache_features"].metadata["help"]
+            kind = ValueError if isinstance(self.cache_features, str) else TypeError
+            raise kind(f"cache_features must be true, false, 'negatives' or 'all', got {self.cache_features!r} ({meaning})")
+        if self.cache_features == "negatives" and not self.unconditional_per_label:
+            raise ValueError(
+                "cache_features='negatives' is of unconditional negatives, and unconditional_per_label=0 has none: take 'all', or leave it out"
+            )
         if self.cache_features and self.bank_dtype == "uint8":
             raise ValueError("bank_dtype='uint8' is of images, and cache_features keeps features: take another bank_dtype")
         if self.cache_features and self.positives_from == "dataset":
@@ -347,8 +301,8 @@ class EncoderConfig(RunConfig):
     def rules(cls) -> dict[str, Rule]:
         share: Rule = ("lie in [0, 1]", lambda value: 0 <= value <= 1)
         own = {
-            **_at_least(0, "microbatch_size", "classification_steps", "classification_warmup_steps", "eval_steps"),
-            **_at_least(1, "batch_size", "eval_samples"),
+            **at_least(0, "microbatch_size", "classification_steps", "classification_warmup_steps", "eval_steps"),
+            **at_least(1, "batch_size", "eval_samples"),
             **dict.fromkeys(("mask_ratio_min", "mask_ratio_max", "classification_weight"), share),
             "crop_area_min": ("lie in (0, 1]", lambda value: 0 < value <= 1),
         }

@@ -3,7 +3,7 @@ r"""The real samples of every step: which labels it has, what is drawn for them,
 Everything is a function of (seed, step, place in the step), so it does not depend on how many processes share the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,11 +12,12 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor
 
-from .bank import restored
+from .bank import SampleBank, restored
 from .config import DriftingConfig
 from .data import LabelledImages, RealSamples, label_names
+from .encoded import Repeated, Samples, converted
 from .shapes import Int
-from .sources import Ahead, BankFeed, DatasetFeed, Feed
+from .sources import Ahead, BankFeed, DatasetFeed, Drawable, Feed
 from .streams import StreamFeed
 
 LABELS, REAL, NOISE, EVAL = range(4)
@@ -35,15 +36,25 @@ class Drawn:
 
     Attributes:
         labels: [l], of this process.
-        positives: [l, p, ...], as banks keep them.
-        negatives: [l, m, ...]; none without guidance.
+        attracting: [l, p, ...], as banks keep them, what was drawn more than once there once.
+        repelling: [l, m, ...]; none without guidance.
         state: of the feed.
     """
 
     labels: Tensor
-    positives: Tensor
-    negatives: Tensor | None
+    attracting: Samples
+    repelling: Samples | None
     state: dict[str, Any]
+
+    @property
+    def positives(self) -> Tensor:
+        """[l, p, ...], repeats and all."""
+        return _dense(self.attracting)
+
+    @property
+    def negatives(self) -> Tensor | None:
+        """[l, m, ...], repeats and all."""
+        return None if self.repelling is None else _dense(self.repelling)
 
 
 class RealDraws:
@@ -74,15 +85,12 @@ class RealDraws:
         config = self.config
         labels = self.labels_of(step, self.feed.advance(step))[list(self.slots)]
         rngs = [random_stream(config.seed, REAL, step, slot) for slot in self.slots]
-        draw = lambda source, classes, n: torch.cat(
-            [source.draw(label[None], n, generator=rng) for label, rng in zip(classes, rngs, strict=True)]
-        )
-        positives, negatives = draw(self.feed.positives, labels, config.positives_per_label), None
+        positives, negatives = drawn_from(self.feed.positives, labels, config.positives_per_label, rngs), None
         if self.feed.negatives is not None:
-            negatives = draw(self.feed.negatives, torch.zeros_like(labels), config.unconditional_per_label)
-        if self.device.type == "cuda" and positives.device.type == "cpu":  # pinned memory is copied while a step runs
-            positives, negatives = positives.pin_memory(), None if negatives is None else negatives.pin_memory()
-        return Drawn(labels, positives, negatives, self.feed.state_dict() if self.feed.ahead else {})
+            negatives = drawn_from(self.feed.negatives, torch.zeros_like(labels), config.unconditional_per_label, rngs)
+        if self.device.type == "cuda":  # pinned memory is copied while a step runs
+            positives, negatives = (None if real is None else converted(real, _pinned) for real in (positives, negatives))
+        return Drawn(labels, cast(Samples, positives), negatives, self.feed.state_dict() if self.feed.ahead else {})
 
     def labels_of(self, step: int, fresh: Int[Tensor, " n"]) -> Int[Tensor, " l"]:
         """The labels of the whole step, the same on every process: distinct ones while there are enough, else whole rounds of all first."""
@@ -91,9 +99,9 @@ class RealDraws:
         rounds = [torch.randperm(len(choices), generator=rng) for _ in range(-(-wanted // len(choices)))]
         return choices[torch.cat(rounds)[:wanted]]
 
-    def on_device(self, real: Tensor) -> Tensor:
+    def on_device(self, real: Samples) -> Samples:
         """What was drawn, in float32 where it is needed."""
-        return restored(real.to(self.device, non_blocking=True))
+        return converted(real, lambda samples: restored(samples.to(self.device, non_blocking=True)))
 
     def close(self) -> None:
         """Wait for what is being drawn, and let go of threads and workers; a run that goes on finds what was drawn."""
@@ -111,12 +119,32 @@ class RealDraws:
         self.feed.load_state_dict(state)
 
 
+def drawn_from(source: Drawable, labels: Int[Tensor, " l"], n: int, rngs: Sequence[torch.Generator]) -> Samples:
+    """N samples of each label, each label's with its own random numbers.
+
+    A sample of a bank that was drawn for several labels is there once. Rows of a dataset are each drawn with a chance of their own (mirrored or not, the
+    noise of a latent), so no two are the same.
+    """
+    each = list(zip(labels.split(1), rngs, strict=True))
+    if not isinstance(source, SampleBank):
+        return torch.cat([source.draw(label, n, generator=rng) for label, rng in each])
+    return source.at(labels, torch.cat([source.places(label, n, generator=rng) for label, rng in each]))
+
+
+def _dense(samples: Samples) -> Tensor:
+    return samples.dense if isinstance(samples, Repeated) else samples
+
+
+def _pinned(samples: Tensor) -> Tensor:
+    return samples.pin_memory() if samples.device.type == "cpu" else samples
+
+
 def make_feed(
     data: RealSamples | IterableDataset,
     held_out: RealSamples,
     config: DriftingConfig,
     *,
-    pack: Callable[[Tensor], Tensor],
+    pack: Callable[[Tensor], Tensor] | None,
     classes: int,
     device: torch.device,
     progress: bool,
@@ -127,7 +155,7 @@ def make_feed(
         data: real samples, or a stream of images.
         held_out: of the same form; what rows of a stream are read like.
         config: of the run.
-        pack: what banks keep of samples.
+        pack: what banks that cache features keep of samples; none without them.
         classes: of the generator; 1 without classes.
         device: of the training.
         progress: whether to show how far filling is.
@@ -137,7 +165,7 @@ def make_feed(
     """
     common: dict[str, Any] = {"push_per_step": config.push_per_step, "seed": config.seed, "flip": config.random_flip}
     banks: dict[str, Any] = common | {
-        "pack": pack,
+        "pack": pack if pack is not None and config.cache_features is True else _as_it_is,
         "num_classes": classes,
         "capacity": config.bank_size,
         "unconditional_capacity": config.unconditional_bank_size if config.unconditional_per_label else 0,
@@ -148,12 +176,27 @@ def make_feed(
     if isinstance(data, RealSamples):
         if config.positives_from == "dataset":
             return DatasetFeed(data, unconditional=bool(config.unconditional_per_label), **common)
-        return BankFeed(data, workers=config.dataloader_num_workers, **banks)
+        return _with_cached_negatives(BankFeed(data, workers=config.dataloader_num_workers, **banks), config, pack, data)
     if config.positives_from == "dataset":
         raise ValueError("positives_from='dataset' reads at random, which a stream cannot: take positives_from='bank'")
     if not isinstance(held_out, LabelledImages):
         raise ValueError(f"a stream is of images, so eval_dataset must be images too, got {type(held_out).__name__}")
-    return StreamFeed(data, held_out, least=config.positives_per_label, **banks)
+    return _with_cached_negatives(StreamFeed(data, held_out, least=config.positives_per_label, **banks), config, pack, held_out)
+
+
+def _as_it_is(samples: Tensor) -> Tensor:
+    return samples
+
+
+def _with_cached_negatives(
+    feed: BankFeed | StreamFeed, config: DriftingConfig, pack: Callable[[Tensor], Tensor] | None, data: RealSamples
+) -> Feed:
+    """The feed with features in the bank of negatives alone, if the config says so; samples are packed there as they come."""
+    there = feed.negatives
+    if config.cache_features == "negatives" and pack is not None and there is not None:
+        shape = tuple(pack(data.gather([0])[0]).shape[1:])
+        feed.negatives = SampleBank(1, there.capacity, shape, dtype=there.samples.dtype, device=there.samples.device, pack=pack)
+    return feed
 
 
 def as_samples(dataset: Any, *, size: tuple[int, int], channels: int, num_classes: int, config: DriftingConfig) -> RealSamples:

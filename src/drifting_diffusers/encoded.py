@@ -105,7 +105,7 @@ def _as_it_is(values: Tensor) -> Tensor:
     return values
 
 
-class Encoded(MutableMapping[str, Tensor], dict):
+class Encoded(MutableMapping[str, Tensor], dict):  # pyright: ignore[reportGeneralTypeIssues]  # typeshed has dict a subclass, Python has not
     """The features of a step's samples by name, as problems [l x locations, n, d], labels first. Each is made anew whenever it is read.
 
     It is a `dict` for whoever empties those on the way: a map is let go with the last of its features.
@@ -148,7 +148,10 @@ def as_problems(values: Float[Tensor, "u l d"], places: Int[Tensor, "k n"]) -> F
 
 
 def in_pieces(encode: Callable[[slice], tuple[dict[str, Tensor], Readings]], count: int, size: int) -> tuple[dict[str, Tensor], Readings]:
-    """The maps of so many images from those of so many at a time, each written where it stays, so that nothing is in memory twice."""
+    """The maps of so many images, or labels of equally many images, from those of so many at a time.
+
+    Each is written where it stays, so that nothing is in memory twice.
+    """
     whole: dict[str, Tensor] = {}
     readings: Readings = {}
     for first in range(0, count, size):
@@ -157,7 +160,8 @@ def in_pieces(encode: Callable[[slice], tuple[dict[str, Tensor], Readings]], cou
             return maps, readings
         for key in list(maps):
             values = maps.pop(key)
+            each = len(values) // min(size, count - first)  # images of a label
             if key not in whole:
-                whole[key] = values.new_empty(count, *values.shape[1:])
-            whole[key][first : first + len(values)] = values
+                whole[key] = values.new_empty(count * each, *values.shape[1:])
+            whole[key][first * each : first * each + len(values)] = values
     return whole, readings

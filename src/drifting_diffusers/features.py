@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +204,26 @@ def networks_of(feature_map: Any) -> list[nn.Module]:
         here = [held for value in here if not isinstance(value, nn.Module) for held in _held_by(value)]
     inner = {id(part) for network in found.values() for part in network.modules() if part is not network}
     return [network for key, network in found.items() if key not in inner]
+
+
+def compile_networks(feature_map: Any) -> bool:
+    """Compile the networks of a feature map in place, their repeated blocks where they have such; whether there was any with weights."""
+    found = [network for network in networks_of(feature_map) if any(True for _ in network.parameters())]
+    for network in found:
+        if getattr(network, "_repeated_blocks", None):
+            cast(Any, network).compile_repeated_blocks()
+        elif inspect.ismethod(feature_map):  # it calls parts of its owner, never the owner
+            for part in _called(network):
+                part.compile()
+        else:
+            network.compile()
+    return bool(found)
+
+
+def _called(network: nn.Module) -> list[nn.Module]:
+    """Children, and those of containers that cannot be called themselves."""
+    containers = (nn.ModuleList, nn.ModuleDict)
+    return [part for child in network.children() for part in (_called(child) if isinstance(child, containers) else [child])]
 
 
 def _held_by(value: Any) -> list[Any]:

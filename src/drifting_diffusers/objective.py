@@ -4,15 +4,15 @@ import copy
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .encoded import Encoded, Readings, Samples, distinct_of, halves_of, in_pieces
-from .features import FeatureMap, networks_of
+from .features import FeatureMap, compile_networks, networks_of
 from .fields import DriftingField, Field, Mean, Observer, Situation, batch_mean, memories, read_field, situated, spell
 from .fields.situation import walk
 from .losses import NonFinite, drift_loss
@@ -122,6 +122,20 @@ class DriftingObjective:
         for network in self.networks:
             network.to(device).eval().requires_grad_(False)
 
+    def arrange(self, *, channels_last: bool, compiled: bool) -> None:
+        """Lay out the weights of convolutions with channels last in memory; compile networks in place, so that their weights keep their names.
+
+        Raises:
+            ValueError: where there is nothing to do it to.
+        """
+        convolutions = [network for network in self.networks if any(p.ndim == 4 for p in network.parameters())]
+        if channels_last and not convolutions:
+            raise ValueError("channels_last is of convolutions, and no feature map here has one with weights: leave it out")
+        for network in convolutions if channels_last else ():
+            cast(Any, network).to(memory_format=torch.channels_last)
+        if compiled and not any([compile_networks(feature_map) for feature_map in self.feature_maps]):
+            raise ValueError("compile_features is of networks, and no feature map here has one with weights: leave it out")
+
     @property
     def networks(self) -> list[nn.Module]:
         """Every network among the feature maps, however it is wrapped; see `networks_of`."""
@@ -208,12 +222,21 @@ class DriftingObjective:
         Args:
             samples: images [l, n, c, h, w], or packed, [l, n, f].
             at_once: images in a network at once; all if not given.
+
+        Their maps are kept in the precision of the network.
         """
         distinct, places = distinct_of(samples)
         look = self._unpack if samples.ndim == 3 else self._maps
         with torch.inference_mode():
             maps, readings = in_pieces(lambda part: look(distinct[part]), len(distinct), at_once or len(distinct))
         return Encoded(maps, readings, places)
+
+    @torch.no_grad()
+    def encode_pieces(self, generate: Callable[[slice], Float[Tensor, "l n c h w"]], labels: int, size: int) -> Encoded:
+        """`problems` of generated samples without a graph, made for a few labels at a time."""
+        maps, readings = in_pieces(lambda part: self._maps(generate(part).flatten(0, 1)), labels, size)
+        count = len(next(iter(maps.values())))
+        return Encoded(maps, readings, torch.arange(count).unflatten(0, (labels, -1)))
 
     def problems(self, samples: Tensor) -> dict[str, Float[Tensor, "b n d"]]:
         """Features of images [l, n, c, h, w], or of packed ones [l, n, f], by name: one problem per (label, location), labels first."""

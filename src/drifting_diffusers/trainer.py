@@ -1,6 +1,5 @@
 """The trainer of generators conducts: who draws what, in which order, in how many pieces. Every formula lives elsewhere."""
 
-import contextlib
 import dataclasses
 import json
 import tempfile
@@ -16,10 +15,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.trainer_callback import TrainerCallback
 
+from .caching import Packing, check_cache
 from .cards import CURVES, RESULTS, evaluation_results
 from .config import DriftingConfig
 from .data import LabelledImages, RealSamples
 from .draws import EVAL, LABELS, NOISE, RealDraws, as_samples, class_names, make_feed
+from .encoded import Samples
 from .fields import Situation
 from .files import write_text
 from .finetuning import adaptation
@@ -27,11 +28,12 @@ from .generator import DriftingGenerator
 from .guidance import draw_guidance, unconditional_weight
 from .hub import add_pictures, upload
 from .loop import COUNTS, TrainingLoop
-from .objective import DriftingObjective, Measured
+from .objective import DriftingObjective
 from .pipeline import DriftingPipeline
 from .runs import RunFolder
 from .services import repository_of, track_images
 from .shapes import Float, Int
+from .steps import Step, in_one_pass, in_two_passes
 from .watching import Watcher
 
 LOSS_NOTICE = (
@@ -94,17 +96,10 @@ class DriftingTrainer(TrainingLoop):
         self.train_data = None if streamed else self.eval_data if eval_dataset is None else as_samples(train_dataset, **form, config=config)
         self.labels = class_names(train_dataset, held_out, config.label_column) if classes else None
         objective.freeze(self.accelerator.device)
+        _check_generator(generator, config)  # of a feature map that holds the generator, frozen with it
+        objective.arrange(channels_last=config.channels_last, compiled=config.compile_features)
         if vae is not None:
             vae.to(self.accelerator.device).eval().requires_grad_(False)
-        feed = lambda: make_feed(
-            cast(Any, train_dataset) if self.train_data is None else self.train_data,
-            self.eval_data,
-            config,
-            pack=self._pack,
-            classes=classes or 1,
-            device=self.accelerator.device,
-            progress=self.accelerator.is_main_process,
-        )
         known = self.eval_data if self.train_data is None else self.train_data
         data = {"stream": str(cast(Any, train_dataset).info.features)} if streamed else known.fingerprint()
         self.run = RunFolder(config, {"generator": _shape_of(generator), **objective.describe(), "data": data})
@@ -112,7 +107,16 @@ class DriftingTrainer(TrainingLoop):
             self.run, self.eval_data, decode=self._decode if vae is not None else None, extractor=extractor, compute_metrics=compute_metrics
         )
         self._ignore_constant_features(known)
-        self.real = RealDraws(feed(), config, classes=classes or 1, slots=self.slots, device=self.accelerator.device)
+        feed = make_feed(
+            cast(Any, train_dataset) if self.train_data is None else self.train_data,
+            self.eval_data,
+            config,
+            pack=self._packing(known),
+            classes=classes or 1,
+            device=self.accelerator.device,
+            progress=self.accelerator.is_main_process,
+        )
+        self.real = RealDraws(feed, config, classes=classes or 1, slots=self.slots, device=self.accelerator.device)
         if objective.observers and self.train_data is None:
             raise ValueError(
                 f"the field {config.field} looks at all real samples once, and a stream cannot be read twice; take one without a memory"
@@ -132,50 +136,19 @@ class DriftingTrainer(TrainingLoop):
         then = time.monotonic()
         drawn = self.real.of_step(self.step)
         self._waited += time.monotonic() - then
-        positives, negatives = (None if real is None else self.real.on_device(real) for real in (drawn.positives, drawn.negatives))
+        positives, negatives = (None if real is None else self.real.on_device(real) for real in (drawn.attracting, drawn.repelling))
         guidance = self._draw_guidance()[list(self.slots)]
         weights = None if negatives is None else self._unconditional_weight(guidance)
         generate = lambda part: self._generate(drawn.labels[part], guidance[part], list(self.slots)[part])
-        real = (cast(Tensor, positives), negatives, weights)
+        real = (cast(Samples, positives), negatives, weights)
         now = Situation(self.step, self.config.max_steps, labels=drawn.labels)
-        loss, measured = self._in_one_pass(generate, *real, now) if self._pieces() == 1 else self._in_two_passes(generate, *real, now)
+        step = Step(self.objective, generate, *real, now, mean=self._mean, together=self._together)
+        size, count = self.config.labels_per_microbatch, len(self.slots)
+        whole = not 0 < size < count
+        loss, measured = in_one_pass(step, self.accelerator) if whole else in_two_passes(step, self.accelerator, self.model, count, size)
         first = dataclasses.replace(now, labels=drawn.labels[:1])
         outcome = self._update(lambda: self._blame(generate(slice(0, 1)), *(None if t is None else t[:1] for t in real), first))
         return outcome | {"loss": loss, "features": measured}
-
-    def _in_one_pass(
-        self, generate: Callable, positives: Tensor, negatives: Tensor | None, weights: Tensor | None, now: Situation
-    ) -> tuple[Tensor, dict[str, Measured]]:
-        real = (positives, negatives, weights)
-        loss, measured = self._together(lambda: self.objective(generate(slice(None)), *real, mean=self._mean, situation=now))
-        self.accelerator.backward(loss)
-        return loss.detach(), measured
-
-    def _in_two_passes(
-        self, generate: Callable, positives: Tensor, negatives: Tensor | None, weights: Tensor | None, now: Situation
-    ) -> tuple[Tensor, dict[str, Measured]]:
-        """The same gradient with the activations of a few labels in memory at a time: first features, then each piece against its slopes."""
-        size, count = self.config.labels_per_microbatch, len(self.slots)
-        pieces = [slice(i, min(i + size, count)) for i in range(0, count, size)]
-        with torch.no_grad():
-            problems = self.objective.problems
-            generated = _joined([problems(generate(piece)) for piece in pieces])
-            attracting = _joined([problems(positives[piece]) for piece in pieces])
-            repelling = {} if negatives is None else _joined([problems(negatives[piece]) for piece in pieces])
-        compare = lambda: self.objective.slopes(generated, attracting, repelling, weights, mean=self._mean, situation=now)
-        slopes, loss, measured = self._together(compare)
-        del generated, attracting, repelling
-        for piece in pieces:
-            sync = contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(self.model)
-            with sync:
-                features = problems(generate(piece))
-                here = {name: slope.unflatten(0, (count, -1))[piece].flatten(0, 1) for name, slope in slopes.items()}
-                self.accelerator.backward(sum(((features[name] * slope).sum() for name, slope in here.items()), torch.zeros(())))
-        return loss, measured
-
-    def _pieces(self) -> int:
-        size = self.config.labels_per_microbatch
-        return -(-len(self.slots) // size) if size else 1
 
     def _blame(self, generated: Tensor, *real: Any) -> str:
         """Which features have a gradient that is not finite, seen through the first label."""
@@ -233,19 +206,16 @@ class DriftingTrainer(TrainingLoop):
             samples, labels = data.gather(range(i, min(i + size, len(data.labels))))
             self.objective.observe(samples.to(device), labels.to(device))
 
-    def _pack(self, samples: Tensor) -> Tensor:
-        """What a bank keeps of samples.
-
-        Features are made in batches of one size, filled up where there are fewer samples: with another size convolutions round otherwise, and a
-        bank that is filled again on resuming must hold the same bits.
-        """
-        if not self.config.cache_features:
-            return samples
-        size, parts = self.config.push_per_step, []
-        for part in samples.to(self.accelerator.device).split(size):
-            filled = torch.cat([part, part[:1].expand(size - len(part), *part.shape[1:])])
-            parts.append(self.objective.pack(filled)[: len(part)])
-        return torch.cat(parts)
+    def _packing(self, data: RealSamples) -> Packing | None:
+        """What makes the features that banks keep, if they do; the memory that this takes is said, or refused, here."""
+        config, device = self.config, self.accelerator.device
+        if not config.cache_features:
+            return None
+        pack = Packing(self.objective, config.push_per_step, device)
+        banks = device if config.bank_device == "accelerator" else torch.device("cpu")
+        numbers = pack(data.gather([0])[0]).shape[1]
+        check_cache(config, numbers, classes=self._model_config.num_classes or 1, device=banks, tell=self.accelerator.print)
+        return pack
 
     def _ignore_constant_features(self, data: RealSamples) -> None:
         some = data.starters(1 + 255 // len(np.unique(data.labels)), seed=self.config.seed)[:256]
@@ -405,10 +375,6 @@ class DriftingTrainer(TrainingLoop):
         decode = self.pipeline().decode
         parts = [decode(part.to(self.accelerator.device)).float().clamp(-1, 1).cpu() for part in samples.split(16)]
         return torch.cat(parts)
-
-
-def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _check_generator(generator: DriftingGenerator, config: DriftingConfig) -> None:
