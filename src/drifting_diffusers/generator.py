@@ -5,110 +5,38 @@ The path of this module is file format: diffusers writes it into every published
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.activations import SwiGLU
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import (
-    TimestepEmbedding,
-    Timesteps,
-    apply_rotary_emb,
-    get_1d_rotary_pos_embed,
-    get_2d_sincos_pos_embed_from_grid,
-)
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from .blocks import (
+    EPS,
+    NORMS,
+    DriftingAttention,
+    DriftingBlock,
+    drawing,
+    embedding_sum,
+    join,
+    joined,
+    mlp_width,
+    modulate,
+    rotary_tables,
+    separate,
+    token_norm,
+)
 from .convert import from_release
 from .hub import PushWithCard
 from .shapes import Float, Int
-
-EPS = 1e-6  # of every norm in the release
-
-# diffusers annotates these more narrowly than they are.
-rotate: Any = apply_rotary_emb
-rotary_tables: Any = get_1d_rotary_pos_embed
-
-
-class DriftingAttnProcessor:
-    """Scaled dot-product attention through diffusers' dispatcher, so that `set_attention_backend` works."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(self, attn: "DriftingAttention", hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))  # (b, tokens, heads, head_dim)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if rotary is not None:
-            query, key = (rotate(t, rotary, use_real_unbind_dim=-2, sequence_dim=1) for t in (query, key))
-        mixed = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config)
-        return attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
-
-
-class DriftingAttention(nn.Module, AttentionModuleMixin):
-    _default_processor_cls = DriftingAttnProcessor
-    _available_processors = [DriftingAttnProcessor]
-    processor: Any
-
-    def __init__(self, heads: int, head_dim: int, norm: type[nn.Module] | None):
-        super().__init__()
-        width = heads * head_dim
-        self.heads, self.use_bias = heads, True
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])  # diffusers' layout, which LoRA tools expect
-        self.norm_q = norm(head_dim, eps=EPS) if norm else nn.Identity()
-        self.norm_k = norm(head_dim, eps=EPS) if norm else nn.Identity()
-        self.set_processor(cast(Any, self._default_processor_cls()))
-
-    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return self.processor(self, hidden_states, rotary)
-
-
-class DriftingBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero)."""
-
-    def __init__(self, heads: int, head_dim: int, condition_dim: int, mlp_width: int, activation: str, norm_type: str, qk_norm: bool):
-        super().__init__()
-        width = heads * head_dim
-        self.modulation = nn.Linear(condition_dim, 6 * width)
-        self.norm1 = token_norm(norm_type, width)
-        self.attn = DriftingAttention(heads, head_dim, NORMS[norm_type] if qk_norm else None)
-        self.norm2 = token_norm(norm_type, width)
-        self.ff = FeedForward(width, inner_dim=mlp_width, activation_fn=activation)
-
-    def forward(self, tokens: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)  # each (b, 1, width)
-        tokens = tokens + gate1 * self.attn(modulate(self.norm1(tokens), shift1, scale1), rotary)
-        return tokens + gate2 * self.ff(modulate(self.norm2(tokens), shift2, scale2))
-
-
-NORMS: dict[str, type[nn.Module]] = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}
-
-
-def token_norm(norm_type: str, width: int) -> nn.Module:
-    """RMSNorm keeps its weight; LayerNorm has none, the modulation does that."""
-    return nn.RMSNorm(width, eps=EPS) if norm_type == "rms_norm" else nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
-
-
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return tokens * (1 + scale) + shift
-
-
-def mlp_width(width: int, mlp_ratio: float, activation: str) -> int:
-    """Two thirds for SwiGLU, which has three matrices, rounded up to a multiple of 32."""
-    inner = int(width * mlp_ratio)
-    return inner if activation == "gelu" else -(-int(2 / 3 * inner) // 32) * 32
 
 
 class DriftingGenerator(PushWithCard, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
@@ -254,13 +182,15 @@ class DriftingGenerator(PushWithCard, ModelMixin, ConfigMixin, AttentionMixin, P
             tokens = torch.cat([class_tokens, tokens], dim=1)
         rotary = self.rotary(tokens) if self.config.rope else None
         condition = nn.functional.silu(condition)
-        for block in self.transformer_blocks:
+        *modulations, modulation_out = self._modulations(condition)
+        for block, modulation in zip(self.transformer_blocks, modulations, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, condition, rotary)
             else:
-                tokens = block(tokens, condition, rotary)
+                tokens = block(tokens, condition, rotary, modulation)
         tokens = tokens[:, self.config.num_class_tokens :]
-        shift, scale = self.modulation_out(condition)[:, None].chunk(2, dim=-1)
+        modulation_out = self.modulation_out(condition) if modulation_out is None else modulation_out
+        shift, scale = modulation_out[:, None].chunk(2, dim=-1)
         sample = self.unpatchify(self.proj_out(modulate(self.norm_out(tokens), shift, scale)))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -273,7 +203,7 @@ class DriftingGenerator(PushWithCard, ModelMixin, ConfigMixin, AttentionMixin, P
             condition = condition + self.class_embedding(class_labels)
         if self.style_embedding is not None:
             first = torch.arange(self.config.num_style_tokens, device=noise.device) * self.config.style_codebook_size
-            condition = condition + self.style_embedding(style_labels + first).sum(1)  # (b, k, d) -> (b, d)
+            condition = condition + embedding_sum(self.style_embedding, style_labels + first)
         if self.config.guidance_embedding:
             scale = torch.as_tensor(guidance_scale, dtype=torch.float32, device=noise.device).expand(noise.shape[0])
             embedded = self.guidance_embedder(self.guidance_fourier(scale).to(noise.dtype))
@@ -282,8 +212,39 @@ class DriftingGenerator(PushWithCard, ModelMixin, ConfigMixin, AttentionMixin, P
 
     def rotary(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotation, each [tokens, head_dim], in float32 whatever the model runs in."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return rotary_tables(self.config.attention_head_dim, places, use_real=True, repeat_interleave_real=False)
+        return rotary_tables(self.config.attention_head_dim, tokens)
+
+    def fuse_modulation(self) -> None:
+        """Lay the weights that project the condition behind each other in memory, so that a call without gradients projects it once for all blocks.
+
+        Names, shapes and values of the weights stay as they are, so saving, loading, adapters and training do as well. A call finds out by itself
+        whether it holds: after a move or a cast (`.to`), with adapters or hooks on these layers, in training and when compiled, every block projects
+        for itself, as without this.
+
+        Raises:
+            ValueError: if these layers are not plain, or not all in one place.
+        """
+        join(self._projections())
+
+    def unfuse_modulation(self) -> None:
+        """Undo `fuse_modulation`."""
+        separate(self._projections())
+
+    @property
+    def fused_modulation(self) -> bool:
+        """Whether a call without gradients, with inputs where the weights are, projects the condition once."""
+        return joined(self._projections(), self.modulation_out.weight) is not None
+
+    def _projections(self) -> list[Any]:
+        return [*(block.modulation for block in self.transformer_blocks), self.modulation_out]
+
+    def _modulations(self, condition: Float[Tensor, "b d"]) -> Sequence[Tensor | None]:
+        """What every block, and then the output, takes of the condition; None where they project it themselves."""
+        layers = self._projections()
+        found = joined(layers, condition) if drawing() else None
+        if found is None:
+            return [None] * len(layers)
+        return nn.functional.linear(condition, *found).split([layer.out_features for layer in layers], dim=-1)
 
     def patchify(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t p"]:
         """Tokens in row-major order, each the (row, column, channel) values of its patch."""
