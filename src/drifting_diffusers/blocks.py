@@ -128,8 +128,8 @@ class DriftingBlock(nn.Module):
 
     def forward(self, tokens: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor] | None, modulation: Tensor | None = None) -> Tensor:
         """Tokens [b, t, width]. `modulation` [b, 6 * width] is what the condition is projected to, where that was done for all blocks at once."""
-        modulation = self.modulation(condition) if modulation is None else modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=-1)  # each (b, 1, width)
+        projected = self.modulation(condition) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = projected[:, None].chunk(6, dim=-1)  # each (b, 1, width)
         tokens = gated(tokens, gate1, self.attn(modulate(self.norm1(tokens), shift1, scale1), rotary))
         return gated(tokens, gate2, self.ff(modulate(self.norm2(tokens), shift2, scale2)))
 
@@ -169,7 +169,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return type(layer) is kind and type(layer.weight) is nn.Parameter and not listens
 
 
-def join(layers: Sequence[nn.Linear]) -> None:
+def join(layers: Sequence[Any]) -> None:
     """Lay weights and biases of layers behind each other in memory. Names, shapes and values stay, and nothing is held twice.
 
     Raises:
@@ -187,13 +187,13 @@ def join(layers: Sequence[nn.Linear]) -> None:
             getattr(layer, name).data = part
 
 
-def separate(layers: Sequence[nn.Linear]) -> None:
+def separate(layers: Sequence[Any]) -> None:
     """Undo `join`: each layer has memory of its own again."""
     for layer in layers:
         layer.weight.data, layer.bias.data = layer.weight.data.clone(), layer.bias.data.clone()
 
 
-def joined(layers: Sequence[nn.Linear], inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+def joined(layers: Sequence[Any], inputs: Tensor) -> tuple[Tensor, Tensor] | None:
     """Weight and bias of all layers as one, if they lie behind each other, now, where the inputs are; None if they do not.
 
     It is asked at every call and nothing is remembered: in whatever way a layer was moved, cast, replaced, wrapped or given other weights, the answer

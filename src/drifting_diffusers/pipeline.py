@@ -17,11 +17,13 @@ from torch import Tensor
 from . import hub
 from .generator import DriftingGenerator
 from .labels import checked_id, finder, imagenet_labels, names_of
+from .optimisation import Optimised, is_compiled, new_step, optimise
 from .releases import RELEASES, VAE
 from .shapes import Float, Int
 
 Label = SupportsIndex | str
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DECODER_MEMORY = 2**31  # bytes of activations that a decoder may take if nobody says how many images it decodes at a time
 
 
 class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
@@ -69,6 +71,7 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
         style_labels: Int[Tensor, "b k"] | Any | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        decode_batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """`num_images_per_label` images of every label, those of a label side by side.
 
@@ -83,12 +86,14 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
             style_labels: integers in [0, style_codebook_size), in place of the drawn ones; a tensor or what makes one.
             output_type: "pil", "np" [b, h, w, c] in [0, 1], "pt" [b, c, h, w] in [0, 1], or "latent", what the generator returned.
             return_dict: whether to return an output with `.images` or a tuple.
+            decode_batch_size: how many images the vae decodes at a time; if not given, as many as take about 2 GiB. The images are the same.
 
         Raises:
             ValueError: for inputs that do not fit the generator; nothing is drawn then.
             TypeError: for inputs of another kind.
         """
         self._check_output(output_type, num_images_per_label)
+        _check_count("decode_batch_size", 1 if decode_batch_size is None else decode_batch_size)
         ids = self.get_label_ids(class_labels)
         count = len(ids) if ids is not None else 1
         num_images_per_label = int(num_images_per_label)  # of numpy too
@@ -98,6 +103,7 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
             embedded=self.transformer.config.guidance_embedding,
         )
         noise, style = self._inputs(count * num_images_per_label, generator, latents, style_labels)
+        new_step(self.transformer)
         sample = self.transformer(
             noise,
             torch.tensor(ids, device=noise.device).repeat_interleave(num_images_per_label) if ids is not None else None,
@@ -105,7 +111,10 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
             style,
             return_dict=False,
         )[0]
-        images: Any = sample if output_type == "latent" else self._images(sample, output_type)
+        if output_type == "latent":
+            images: Any = sample.clone() if is_compiled(self.transformer) else sample  # the next call may write where this one did
+        else:
+            images = self._images(sample, output_type, decode_batch_size)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -137,16 +146,40 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
         find = finder(self.labels) if any(isinstance(label, str) for label in wanted) else None
         return [find(label) if find and isinstance(label, str) else checked_id(label, classes) for label in wanted]
 
-    def decode(self, sample: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _ _ _"]:
-        """Images in about [-1, 1] from samples of the generator: through the vae if there is one."""
+    def decode(self, sample: Float[Tensor, "b c h w"], batch_size: int | None = None) -> Float[Tensor, "b _ _ _"]:
+        """Images in about [-1, 1] from samples of the generator: through the vae if there is one, `batch_size` at a time.
+
+        Where no `batch_size` is given, it is as many as take about 2 GiB, on every device the same. Slicing and tiling of the vae come on top.
+        """
         if self.vae is None:
             return sample
         scaling, shift = getattr(self.vae.config, "scaling_factor", None), getattr(self.vae.config, "shift_factor", None)
-        return self.vae.decode((sample.float() / (scaling or 1.0) + (shift or 0.0)).to(self.vae.dtype), return_dict=False)[0]
+        scaled = (sample.float() / (scaling or 1.0) + (shift or 0.0)).to(self.vae.dtype)
+        size = batch_size or _decoded_at_once(self.vae, scaled)
+        if torch.compiler.is_compiling() or len(scaled) <= size:  # an exported graph takes its batch whole
+            return self.vae.decode(scaled, return_dict=False)[0]
+        parts = []
+        for part in scaled.split(size):
+            new_step(self.vae)
+            decoded = self.vae.decode(part, return_dict=False)[0]
+            parts.append(decoded.clone() if is_compiled(getattr(self.vae, "decoder", None)) else decoded)
+        return torch.cat(parts)
 
-    def _images(self, sample: Float[Tensor, "b c h w"], output_type: str) -> Any:
+    def optimize(self, compile: str | None = None) -> Optimised:
+        """Prepare for drawing many images, on the device where the pipeline is now: the same images up to rounding, faster.
+
+        The generator projects its condition once for all blocks and the decoder's convolutions take channels_last. `print` what is returned: it says
+        what was done and what was left, and why. Move and cast the pipeline, and load adapters, before; what was done holds until then.
+
+        Args:
+            compile: None compiles nothing; "blocks" compiles the repeated blocks and the decoder, which takes seconds; "graphs" compiles both whole and
+                replays them as CUDA graphs, for the one batch size that you draw with.
+        """
+        return optimise(self, compile)
+
+    def _images(self, sample: Float[Tensor, "b c h w"], output_type: str, decode_batch_size: int | None) -> Any:
         """Decoded; NaN would be black in a picture and say nothing."""
-        decoded = self.decode(sample).float()
+        decoded = self.decode(sample, decode_batch_size).float()
         if output_type != "pt" and not decoded.isfinite().all():  # "pt" stays on its device, which need not wait
             parts = [
                 f"{name} in {str(part.dtype)[6:]}"
@@ -175,10 +208,7 @@ class DriftingPipeline(hub.PushWithCard, DiffusionPipeline):
     def _check_output(self, output_type: str, num_images_per_label: int) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        if not isinstance(num_images_per_label, Integral) or isinstance(num_images_per_label, bool):
-            raise TypeError(f"num_images_per_label must be an integer of at least 1, got {num_images_per_label!r}")
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
+        _check_count("num_images_per_label", num_images_per_label)
         channels = self.transformer.out_channels
         if output_type == "pil" and self.vae is None and channels not in (1, 3):
             raise ValueError(f'samples of {channels} channels are no picture: load the pipeline with its vae, or take output_type="latent"')
@@ -266,6 +296,23 @@ def _draw(
     noise = randn_tensor((1, *shape), generator=rng, device=device, dtype=torch.float32)
     style = torch.randint(codebook, (1, tokens), generator=rng, device=rng.device if rng is not None else device)
     return noise, style.to(device)
+
+
+def _decoded_at_once(vae: Any, latents: Float[Tensor, "b c h w"]) -> int:
+    """How many images of this size fit `DECODER_MEMORY`.
+
+    A decoder is widest in its last block but one, at full size, where about four maps of it live at once.
+    """
+    widths = list(vae.config.get("block_out_channels") or (128, 256, 512, 512))  # of most autoencoders
+    pixels = latents[0, 0].numel() * 4 ** (len(widths) - 1)
+    return max(1, DECODER_MEMORY // (4 * pixels * max(widths[:2]) * latents.element_size()))
+
+
+def _check_count(name: str, given: Any) -> None:
+    if not isinstance(given, Integral) or isinstance(given, bool):
+        raise TypeError(f"{name} must be an integer of at least 1, got {given!r}")
+    if given < 1:
+        raise ValueError(f"{name} must be at least 1, got {given}")
 
 
 def _tensor(name: str, given: Any) -> Tensor | None:

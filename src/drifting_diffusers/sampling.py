@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -53,11 +54,19 @@ class PipelineSamples:
         num_samples: how many; a multiple of the classes is balanced exactly.
         seed: of all of them.
         guidance_scale: the pipeline's own if not given.
+
+    Raises:
+        ValueError: if there are none to draw, or the pipeline decodes for previews only.
     """
 
     def __init__(self, pipeline: DriftingPipeline, num_samples: int, *, seed: int = 0, guidance_scale: float | None = None):
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if isinstance(getattr(pipeline.vae, "_orig_mod", pipeline.vae), AutoencoderTiny):
+            raise ValueError(
+                "numbers are measured through the decoder that the latents were made for, got an AutoencoderTiny, whose images are approximate "
+                "previews: load the pipeline with the AutoencoderKL of its training, as in from_pretrained(..., vae=AutoencoderKL.from_pretrained(...))"
+            )
         self.pipeline, self.num_samples, self.seed = pipeline, num_samples, seed
         self.guidance_scale = float(pipeline.config.guidance_scale if guidance_scale is None else guidance_scale)
         classes = pipeline.transformer.config.num_classes
