@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from .arguments_help import HelpFormatter, default_in_words, metavar_of, overview, sections_of, words_of
+from .arguments_help import HelpFormatter, default_in_words, metavar_of, overview, sections_of
 from .config import RunConfig
 
 ALIASES = {
@@ -278,7 +278,7 @@ def _reader(kind: Any) -> dict[str, Any]:
         how = _reader(next(part for part in parts if part is not type(None)))
         return how | {"type": _or_none(how.get("type", str))} | ({"choices": [*how["choices"], None]} if "choices" in how else {})
     if bool in parts:
-        return {"type": functools.partial(_truth, words=words_of(kind)), "nargs": "?", "const": True}
+        return {"type": _truth_or_word, "nargs": "?", "const": True}
     if get_origin(kind) is Literal:
         return {"choices": list(parts)}
     if get_origin(kind) is list:
@@ -286,14 +286,18 @@ def _reader(kind: Any) -> dict[str, Any]:
     return {"type": _truth, "nargs": "?", "const": True} if kind is bool else {"type": kind}
 
 
-def _truth(text: str, words: Sequence[str] = ()) -> bool | str:
-    """True, false, or one of the words."""
-    if text in words:
-        return text
-    known = {"true": True, "yes": True, "t": True, "y": True, "1": True, "false": False, "no": False, "f": False, "n": False, "0": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"must be {', '.join(['true', 'false', *words][:-1])} or {['false', *words][-1]}, got {text!r}")
-    return known[text.lower()]
+TRUTHS = {"true": True, "yes": True, "t": True, "y": True, "1": True, "false": False, "no": False, "f": False, "n": False, "0": False}
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in TRUTHS:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return TRUTHS[text.lower()]
+
+
+def _truth_or_word(text: str) -> bool | str:
+    """Of a switch that takes words too; which ones, its dataclass knows."""
+    return TRUTHS.get(text.lower(), text)
 
 
 def _or_none(convert: Any) -> Any:
@@ -324,7 +328,7 @@ def _with_labels(values: dict[str, Any], under: Mapping[str, Any]) -> dict[str, 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """A value of a YAML file as the field's type has it."""
     origin, parts = get_origin(kind), get_args(kind)
-    if bool in parts and (value in words_of(kind) or isinstance(value, bool)):
+    if bool in parts and isinstance(value, bool | str):
         return value
     if origin in (Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() == "none"):

@@ -144,15 +144,10 @@ def _title(cls: Any) -> str:
     return title or cls.__name__
 
 
-def words_of(kind: Any) -> list[str]:
-    """The words that a switch takes beside true and false."""
-    return [word for part in get_args(kind) if get_origin(part) is Literal for word in get_args(part)]
-
-
 def metavar_of(kind: Any) -> str:
     """What kind of value an option takes, in a word; of a choice, the choices."""
     if bool in get_args(kind):
-        return "|".join(["true", "false", *words_of(kind)])
+        return "true|false|WORD"
     if type(None) in get_args(kind):
         kind = next(part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is Literal:

@@ -204,10 +204,10 @@ class DriftingConfig(RunConfig):
     bank_dtype: Literal["float32", "bfloat16", "float16", "uint8"] = _described(
         "float32", "what banks hold; uint8 is of images, rounded to 256 levels: exact for those that were not resized"
     )
-    cache_features: bool | Literal["negatives", "all"] = _described(
+    cache_features: bool | str = _described(
         False,
-        "keep what features are made of in the banks in place of images, of the unconditional negatives or of all: exact while feature maps are frozen, "
-        "faster, more memory; how much is said before step 0",
+        "keep what features are made of in the banks in place of images, of all (true, all) or of the unconditional ones alone (negatives): exact while "
+        "feature maps are frozen, faster, more memory; how much is said before it is taken",
     )
     compile_features: bool = _described(False, "compile the networks that samples are compared in")
     channels_last: bool = _described(
