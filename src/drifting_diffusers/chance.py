@@ -5,6 +5,7 @@ the hash of `numpy.random.SeedSequence`, which NumPy promises to keep (NEP 19), 
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
@@ -24,7 +25,7 @@ def generators(seeds: Sequence[Sequence[int]]) -> list[np.random.Generator]:
     numbers = _table(seeds) if len(seeds) >= FEW else None
     if numbers is None:
         return [np.random.default_rng(tuple(seed)) for seed in seeds]
-    return [np.random.Generator(np.random.PCG64(_Seed(told))) for told in _told(numbers)]
+    return [np.random.Generator(np.random.PCG64(cast(Any, _Seed(told)))) for told in _told(numbers)]
 
 
 class _Seed(ISeedSequence):

@@ -136,14 +136,18 @@ class LatentCache(RealSamples):
         """In the order of the files, so that neighbours on disk are read together."""
         out = torch.empty(len(rows), self.channels, *self.size)
         order = np.argsort(rows, kind="stable")
-        shard = np.searchsorted(self._firsts, rows, side="right") - 1
-        place = (rows - self._firsts[shard]) * (1 + self.description["flips"]) + mirrored
+        shard, place = self._places(rows, mirrored)
         for first in range(0, len(rows), CHUNK):
             part = order[first : first + CHUNK]
             mean, *std = self._stored(shard[part], place[part])
             z = drawn(mean.float(), std[0].float(), [chance[i] for i in part], self.description) if std else mean.float()
             out[torch.from_numpy(part)] = z
         return out
+
+    def _places(self, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of each row, and where in it the entry is."""
+        shard = np.searchsorted(self._firsts, rows, side="right") - 1
+        return shard, (rows - self._firsts[shard]) * (1 + self.description["flips"]) + mirrored
 
     def _stored(self, shard: np.ndarray, place: np.ndarray) -> list[Tensor]:
         """The entries at these places of these sorted shards as they lie there: mean and std, or latents, each [n, c, h, w]."""
