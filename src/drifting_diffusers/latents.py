@@ -15,7 +15,6 @@ A folder of safetensors shards, each `labels` [n] and `mean`, `std` [n, flips, c
 (bfloat16: 0.0017).
 """
 
-import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -152,10 +151,9 @@ class LatentCache(RealSamples):
     def _stored(self, shard: np.ndarray, place: np.ndarray) -> list[Tensor]:
         """The entries at these places of these sorted shards as they lie there: mean and std, or latents, each [n, c, h, w]."""
         found = [np.empty((len(place), *self.description["latent_shape"]), dtype=bits.dtype) for bits in self._shards[0]]
-        cuts = np.flatnonzero(np.diff(shard)) + 1
-        for first, last in itertools.pairwise([0, *cuts.tolist(), len(shard)]):
-            for bits, rows in zip(self._shards[shard[first]], found, strict=True):
-                np.take(bits, place[first:last], axis=0, out=rows[first:last], mode="clip")  # any other mode writes into a copy first
+        for i, (at, one) in enumerate(zip(shard.tolist(), place.tolist(), strict=True)):
+            for bits, rows in zip(self._shards[at], found, strict=True):
+                rows[i] = bits[one]
         return [torch.from_numpy(rows).view(self._dtype) for rows in found]
 
 
