@@ -25,6 +25,7 @@ from .averaging import AveragedWeights
 from .callbacks import Events
 from .config import RunConfig, learning_rate_at
 from .draws import random_stream
+from .fields import Mean, batch_mean
 from .losses import NonFinite
 from .pushing import SNAPSHOT, Pusher
 from .runs import RunFolder
@@ -345,11 +346,15 @@ class TrainingLoop:
         flags = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
         return bool(flags > 0)  # pyright: ignore[reportOperatorIssue]
 
-    def _mean(self, totals: Tensor, weights: Tensor) -> Tensor:
-        """`fields.Mean` over all processes, in one message."""
+    @property
+    def _mean(self) -> Mean:
+        """Over all problems of a step, whoever holds them."""
+        return batch_mean if self.accelerator.num_processes == 1 else self._mean_of_processes
+
+    def _mean_of_processes(self, totals: Tensor, weights: Tensor) -> Tensor:
+        """In one message."""
         sums = torch.cat([totals.sum(-1).reshape(-1), weights.sum().reshape(1)])
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums, "sum")
+        sums = self.accelerator.reduce(sums, "sum")
         return (sums[:-1] / sums[-1]).reshape(totals.shape[:-1])
 
     def _rng(self, *name: int) -> torch.Generator:

@@ -4,10 +4,14 @@ Its value is the mean square of V and its gradient is -2 V / u. The field divide
 by construction**: with three temperatures it stays between about 1 and 9 however good the samples are. Watch `Drift.strength` and a real distance.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
 from .fields import Drift, DriftingField, Field, Mean, batch_mean
+from .fields.engine import Sides
+from .fields.stages import Stages, finish
 from .shapes import Float
 
 
@@ -45,26 +49,56 @@ def drift_loss(
         ValueError: shapes that do not fit, an empty class, or negative masses.
         NonFinite: values that are not finite, or all masses 0.
     """
+    masses: Any = {"generated_weights": generated_weights, "positive_weights": positive_weights, "negative_weights": negative_weights}
+    return finish(drift_loss_stages(generated, positives, negatives, **masses, field=field, mean=mean), mean)
+
+
+def drift_loss_stages(
+    generated: Float[Tensor, "b n d"],
+    positives: Float[Tensor, "b p d"],
+    negatives: Float[Tensor, "b m d"] | None = None,
+    *,
+    generated_weights: Float[Tensor, "b n"] | None = None,
+    positive_weights: Float[Tensor, "b p"] | None = None,
+    negative_weights: Float[Tensor, "b m"] | None = None,
+    field: Field,
+    mean: Mean,
+) -> Stages:
+    """`drift_loss` in stages, see `fields.stages`. A field that has none asks `mean` by itself."""
     weights = {"generated_weights": generated_weights, "positive_weights": positive_weights, "negative_weights": negative_weights}
     _check_shapes(generated, positives, negatives, weights)
-    x = generated.detach()
-    repelling, repelling_weights = _repelling(x, negatives, generated_weights, negative_weights)
-    drift = field(
-        x,
-        positives=positives.detach(),
-        negatives=repelling,
-        positive_weights=positive_weights,
-        negative_weights=repelling_weights,
-        own=x.shape[1],
-        mean=mean,
-    )
-    if not bool(torch.isfinite(drift.distance).all() & torch.isfinite(drift.velocity).all()):  # one wait for the device
+    x, real = generated.detach(), positives.detach()
+    if getattr(field, "staged", False):
+        others = () if negatives is None else (negatives.detach(),)
+        masses = [generated_weights, *((negative_weights,) if others else ()), positive_weights]
+        sides = Sides(x, (x, *others, real), x.shape[1] + sum(t.shape[1] for t in others), own=x.shape[1]).with_masses(masses)
+        drift = yield from cast(Any, field).stages(sides)
+    else:
+        repelling, repelling_weights = _repelling(x, negatives, generated_weights, negative_weights)
+        own = {"own": x.shape[1], "mean": mean}
+        drift = field(x, positives=real, negatives=repelling, positive_weights=positive_weights, negative_weights=repelling_weights, **own)
+    loss: Tensor = cast(Any, _Regression).apply(generated, drift.velocity, drift.unit)
+    finite = lambda: torch.isfinite(drift.distance).all() & torch.isfinite(drift.velocity).all()
+    if not bool(torch.isfinite(drift.distance).all() & torch.isfinite(loss).all()) and not bool(finite()):  # one wait for the device
         raise NonFinite(_blame(drift, {"generated": generated, "positives": positives, "negatives": negatives}, weights, field))
-    # x - sg(x) is exactly 0 and carries the gradient; x - sg(x + V) would cancel digits of V when x lies far from the origin.
-    moved = generated - x
-    unit = drift.unit if drift.unit.ndim == 0 else drift.unit[:, None, None]
-    residual = (moved.to(drift.velocity.dtype) - drift.velocity) / unit
-    return residual.square().mean(dim=(1, 2)), drift
+    return loss, drift
+
+
+class _Regression(torch.autograd.Function):
+    """|x - sg(x + V)|^2 / u^2 per problem, a mean over samples and dimensions, and its gradient -2 V / u^2: no graph is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, velocity: Tensor, unit: Tensor) -> Tensor:
+        ctx.save_for_backward(velocity, unit)
+        ctx.dtype = x.dtype
+        squares = torch.linalg.vector_norm(velocity, dim=2).square_().sum(1)  # of rows first: a norm of millions loses digits
+        return squares / (unit.square() * velocity[0].numel())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        velocity, unit = ctx.saved_tensors
+        factors = gradients[0] * (-2 / velocity[0].numel()) / unit.square()
+        return (velocity * factors[:, None, None]).to(ctx.dtype), None, None
 
 
 def _repelling(

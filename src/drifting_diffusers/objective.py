@@ -4,13 +4,16 @@ import copy
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .comparison import Pair, waves
+from .comparison import compare as compare_features
 from .encoded import Encoded, Readings, Samples, distinct_of, halves_of, in_pieces
 from .features import FeatureMap, compile_networks, networks_of
 from .fields import DriftingField, Field, Mean, Observer, Situation, batch_mean, memories, read_field, situated, spell
@@ -262,25 +265,32 @@ class DriftingObjective:
         Raises:
             NonFinite: with the name of the first feature that holds NaN or infinite values.
         """
-        total, measured = torch.zeros((), device=next(iter(generated.values())).device), {}
+        total, measured = torch.zeros(()), {}
         failed: NonFinite | None = None
-        for name, values in generated.items():
-            others, weights = negatives.get(name), None
+        for wave in waves(self._pairs(generated, positives, negatives, negative_weights, situation), mean):
+            wave_total, wave_measured, error = _outcome(wave, mean)
+            total, measured, failed = total.to(wave_total.device) + wave_total, measured | wave_measured, failed or error
+        if failed is not None:  # in the end: every process asks for as many means, whatever it meets
+            raise failed
+        return total, measured
+
+    def _pairs(
+        self,
+        generated: Mapping[str, Tensor],
+        positives: Mapping[str, Tensor],
+        negatives: Mapping[str, Tensor],
+        negative_weights: Tensor | None,
+        situation: Situation,
+        take: Callable[[Mapping[str, Tensor], str], Tensor] = operator.getitem,
+    ) -> Iterator[Pair]:
+        """Every feature of a step, read when it is asked for."""
+        for name in list(generated):
+            values, others, weights = take(generated, name), take(negatives, name) if name in negatives else None, None
             if others is not None and negative_weights is not None:
                 each = len(values) // len(negative_weights)  # locations
                 weights = negative_weights.float().repeat_interleave(each)[:, None].expand(others.shape[:2])
             field = situated(self.field, dataclasses.replace(situation, feature=name))
-            try:
-                loss, drift = drift_loss(values, positives[name], others, negative_weights=weights, field=field, mean=mean)
-            except NonFinite as error:  # raised in the end: every process asks for as many means, whatever it meets
-                failed = failed or NonFinite(f"feature {name!r}: {error}")
-                continue
-            loss = loss.mean()
-            total = total + loss
-            measured[name] = Measured(loss.detach(), drift.distance, drift.strength)
-        if failed is not None:
-            raise failed
-        return total, measured
+            yield Pair(name, values, take(positives, name), others, weights, field)
 
     def slopes(
         self,
@@ -300,20 +310,17 @@ class DriftingObjective:
         """
         found, measured, total = {}, {}, torch.zeros(())
         failed: NonFinite | None = None
-        for name in list(generated):
-            one = lambda mapping, name=name: (
-                {name: mapping.pop(name) if isinstance(mapping, dict) else mapping[name]} if name in mapping else {}
-            )
+        take = lambda mapping, name: mapping.pop(name) if isinstance(mapping, dict) else mapping[name]
+        for wave in waves(self._pairs(generated, positives, negatives, negative_weights, situation, take), mean):
             with torch.enable_grad():
-                leaf = {name: one(generated)[name].detach().requires_grad_()}
-                try:
-                    loss, seen = self.compare(leaf, one(positives), one(negatives), negative_weights, mean=mean, situation=situation)
-                except NonFinite as error:  # as in `compare`
-                    failed = failed or error
-                    continue
-                found[name] = torch.autograd.grad(loss, leaf[name])[0]
-            total, measured = total.to(loss.device) + loss.detach(), measured | seen
-        if failed is not None:
+                leaves = [dataclasses.replace(pair, generated=pair.generated.detach().requires_grad_()) for pair in wave]
+                wave_total, wave_measured, error = _outcome(leaves, mean)
+                names = [pair.name for pair in leaves if pair.name in wave_measured]
+                if error is None:
+                    gradients = torch.autograd.grad(wave_total, [pair.generated for pair in leaves])
+                    found |= dict(zip(names, gradients, strict=True))
+            total, measured, failed = total.to(wave_total.device) + wave_total.detach(), measured | wave_measured, failed or error
+        if failed is not None:  # as in `compare`
             raise failed
         return found, total, measured
 
@@ -360,6 +367,21 @@ def _as_it_is(values: Tensor) -> Tensor:
 def _check_repeated(found: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     if repeated := found.keys() & new.keys():
         raise ValueError(f"two feature maps give {sorted(repeated)}; names must differ")
+
+
+def _outcome(wave: Sequence[Pair], mean: Mean) -> tuple[Tensor, dict[str, Measured], NonFinite | None]:
+    """The sum of the losses of some features, what each measured, and the first that is not finite."""
+    total, measured = torch.zeros((), device=wave[0].generated.device), {}
+    failed: NonFinite | None = None
+    for pair, result in zip(wave, compare_features(wave, mean), strict=True):
+        if isinstance(result, NonFinite):
+            failed = failed or NonFinite(f"feature {pair.name!r}: {result}")
+            continue
+        losses, drift = result
+        loss = losses.mean()
+        total = total + loss
+        measured[pair.name] = Measured(loss.detach(), drift.distance, drift.strength)
+    return total, measured, failed
 
 
 def described(value: Any) -> Any:

@@ -15,18 +15,22 @@ mass between far modes. With the masked own batch as negatives the field has a b
 shrinks: for particles, switch `normalise_force` off.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..couplings import Coupling, two_sided_softmax
-from ..kernels import Kernel, Laplace
+from ..kernels import Kernel, Laplace, undisturbed
 from ..shapes import Float
-from .choices import check_choice, settle
-from .frame import FramedField, Problems
+from .choices import check_choice, refuse_schedules, settle
+from .engine import Engine, Sides, TorchEngine
+from .frame import FramedField, Problems, check_shapes
+from .protocol import Drift, batch_mean, own_of
+from .stages import Stages, finish
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class DriftingField(FramedField):
             enter the softmax over targets before it (a target of mass 0 is absent).
         weightless: whether a target of mass 0 takes part in the softmaxes (release) or is absent. Unconditional negatives at guidance scale 1 are
             such targets. It says nothing where masses enter before.
+        backend: how the force is computed, to rounding the same: "plain" in whole matrices, as it is written here; "torch", see `engine`; "triton" on CUDA;
+            "auto" takes what is fast and can do these choices. It is no choice of a run: two fields that differ in it are equal.
+
+    Raises:
+        ValueError: for choices outside their range, or a backend that cannot do them.
     """
 
     affinity_floor: float = 1e-3
@@ -49,6 +58,7 @@ class DriftingField(FramedField):
     weightless: Literal["present", "absent"] = "present"
     kernel: Kernel = field(default_factory=Laplace)
     coupling: Coupling = two_sided_softmax
+    backend: Literal["auto", "plain", "torch", "triton"] = field(default="auto", compare=False)
 
     by_rows: ClassVar[bool] = False
 
@@ -63,10 +73,67 @@ class DriftingField(FramedField):
         super().__post_init__()
         check_choice(self, "weights", "after", "before")
         check_choice(self, "weightless", "present", "absent")
+        check_choice(self, "backend", "auto", "plain", "torch", "triton")
+        if self.backend in ("torch", "triton") and not self.released:
+            raise ValueError(
+                f"backend={self.backend!r} computes the released force alone: kernel=Laplace(), coupling=two_sided_softmax, weights='after', "
+                f"weightless='present'; take backend='auto' for {self}"
+            )
 
     @property
     def farthest(self) -> float:
         return 1 + self.self_mask  # logits, the masked ones too, are distances over temperatures
+
+    @property
+    def released(self) -> bool:
+        """Whether kernel, coupling and masses are those of the release, which engines compute."""
+        return (type(self.kernel), self.coupling, self.weights, self.weightless) == (Laplace, two_sided_softmax, "after", "present")
+
+    @property
+    def staged(self) -> bool:
+        """Whether `stages` may be called."""
+        return type(self) is DriftingField and self.released and self.backend != "plain"
+
+    def __call__(self, x: Tensor, *, positives: Tensor, negatives: Tensor, **more: Any) -> Drift:
+        """See `Field`."""
+        if not self.staged or 0 in (*x.shape, negatives.shape[-2] + positives.shape[-2]):
+            return super().__call__(x, positives=positives, negatives=negatives, **more)
+        given = {"positive_weights": None, "negative_weights": None, "own": None, "mean": batch_mean} | more
+        own = own_of(x, negatives, given["own"])
+        check_shapes(x, positives, negatives, given["positive_weights"], given["negative_weights"], own)
+        one: Any = lambda t: None if t is None else t[None] if x.ndim == 2 else t
+        sides = Sides(one(x), (one(negatives), one(positives)), negatives.shape[-2], own)
+        sides = sides.with_masses([one(given["negative_weights"]), one(given["positive_weights"])])
+        drift = finish(self.stages(sides), given["mean"])
+        return dataclasses.replace(drift, velocity=drift.velocity[0]) if x.ndim == 2 else drift
+
+    @torch.no_grad()
+    def stages(self, sides: Sides) -> Stages:
+        """The drift in stages; see `stages.Stages`."""
+        refuse_schedules(self)
+        b, n, d = sides.queries.shape
+        engine, exactly = self._engine(sides), lambda: undisturbed(sides.queries.device)
+        with exactly():
+            totals, weights = engine.measure()
+        measured = yield from self._mean(totals, weights)
+        length, unit = self.lengths(measured, d)
+        with exactly():
+            squares = engine.forces(length) / unit.square()
+        strengths = yield from self._mean(squares, squares.new_full((b,), float(n * d)))
+        factors = strengths.clamp(min=self.strength_floor).rsqrt() if self.normalise_force else torch.ones_like(strengths)
+        with exactly():
+            velocity = engine.velocity(factors)
+        return Drift(velocity, unit, measured, strengths)
+
+    def _mean(self, totals: Tensor, weights: Tensor) -> Stages:
+        """Over the step, or of each problem."""
+        if self.grouping == "problem":
+            return totals / weights
+        return (yield totals, weights)
+
+    def _engine(self, sides: Sides) -> Engine:
+        choices: Any = (sides, self.temperatures, self.affinity_floor, self.self_mask)
+        return TorchEngine(*choices)
 
     def force(self, problems: Problems, temperature: float) -> Float[Tensor, "b n d"]:
         """F of one temperature: attraction less repulsion, each weighted with the mass of the other side."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels import LEAST_DISTANCE, exact_products, in_float, pairwise_distance
+from ..kernels import LEAST_DISTANCE, in_float, pairwise_distance, undisturbed
 from ..schedules import Scheduled
 from ..shapes import Float
 from .choices import check_choice as check_choice
@@ -203,7 +203,7 @@ class FramedField:
         check_shapes(x, positives, negatives, positive_weights, negative_weights, own)
         refuse_schedules(self)
         one: Any = lambda t: in_float(t[None] if x.ndim == 2 else t) if t is not None else None
-        with torch.autocast(x.device.type, enabled=False), exact_products():  # in 16 bits distances underflow at temperature 0.02
+        with undisturbed(x.device):
             problems = Problems(one(x), one(positives), one(negatives), one(positive_weights), one(negative_weights), own)
             drift = self._drift(force, by_rows, _about(self.centre(problems), problems), mean)
         return dataclasses.replace(drift, velocity=drift.velocity[0]) if x.ndim == 2 else drift
@@ -216,14 +216,16 @@ class FramedField:
         """The length s that all others are measured in, [] or [b]."""
         return mean_distance(problems, average)
 
+    def lengths(self, measured: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
+        """What distances and what velocities are measured in, of the mean distance."""
+        if not self.normalise_distance:
+            return torch.ones_like(measured), torch.ones_like(measured)
+        return measured.clamp(min=self.distance_floor), (measured / math.sqrt(dimensions)).clamp(min=self.distance_floor)
+
     def _drift(self, force: Force, by_rows: bool, problems: Problems, mean: Mean) -> Drift:
         average = mean if self.grouping == "batch" else torch.divide
         measured = self.measure(problems, average)
-        if self.normalise_distance:
-            length = measured.clamp(min=self.distance_floor)
-            unit = (measured / math.sqrt(problems.x.shape[-1])).clamp(min=self.distance_floor)
-        else:
-            length = unit = torch.ones_like(measured)
+        length, unit = self.lengths(measured, problems.x.shape[-1])
         problems = problems.in_lengths(length)
         whole = (lambda tau: problems.in_rows(lambda rows: force(rows, tau))) if by_rows else (lambda tau: force(problems, tau))
         forces = [whole(tau) * per_problem(length / unit) for tau in self.temperatures]  # in units u

@@ -175,9 +175,7 @@ def _whole_affinities(logits, row_roots, row_scale, mass, rate, floor, rows, col
 
 
 @triton.jit
-def _signed(
-    l0, l1, l2, w0, w1, w2, rate, floor, n, k0, k1, k2, N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr
-):
+def _signed(l0, l1, l2, w0, w1, w2, rate, floor, n, k0, k1, k2, N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr):
     """The coefficients of the targets in the force of one temperature: -a A+ for those that repel, a A- for those that attract."""
     i, j0, j1, j2 = tl.arange(0, N), tl.arange(0, T0), tl.arange(0, T1), tl.arange(0, T2)
     nearest = tl.minimum(tl.minimum(tl.min(l0, 1), tl.min(l1, 1)), tl.min(l2, 1))[:, None]
@@ -233,7 +231,11 @@ def _whole_coefficients(
     N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     i, j0, j1, j2 = tl.arange(0, N), tl.arange(0, T0), tl.arange(0, T1), tl.arange(0, T2)
-    w0, w1, w2 = masses_of(masses, j0, k0, WEIGHTED), masses_of(masses + k0, j1, k1, WEIGHTED), masses_of(masses + k0 + k1, j2, k2, WEIGHTED)
+    w0, w1, w2 = (
+        masses_of(masses, j0, k0, WEIGHTED),
+        masses_of(masses + k0, j1, k1, WEIGHTED),
+        masses_of(masses + k0 + k1, j2, k2, WEIGHTED),
+    )
     l0 = logits_of(d0, i, j0, 0, n, k0, own, length, self_mask)
     l1 = logits_of(d1, i, j1, k0, n, k1, own, length, self_mask)
     l2 = logits_of(d2, i, j2, k0 + k1, n, k2, own, length, self_mask)
@@ -285,9 +287,7 @@ def whole_forces(
     masses, length = masses + problem * targets, tl.load(lengths + problem)
     for r in range(R):
         rate = tl.load(rates + r)
-        c0, c1, c2 = _whole_coefficients(
-            d0, d1, d2, length, self_mask, own, masses, rate, floor, n, k0, k1, k2, N, T0, T1, T2, WEIGHTED
-        )
+        c0, c1, c2 = _whole_coefficients(d0, d1, d2, length, self_mask, own, masses, rate, floor, n, k0, k1, k2, N, T0, T1, T2, WEIGHTED)
         entries = tl.zeros((N, D), tl.float32)
         for step in range(STEPS):
             dims = (step * shares + share) * D + tl.arange(0, D)
@@ -326,9 +326,7 @@ def whole_velocity(
     t0, t1, t2 = tl.zeros((N, T0), tl.float32), tl.zeros((N, T1), tl.float32), tl.zeros((N, T2), tl.float32)
     for r in range(R):
         rate, factor = tl.load(rates + r), tl.load(factors + r * tl.num_programs(0) + problem)
-        c0, c1, c2 = _whole_coefficients(
-            d0, d1, d2, length, self_mask, own, masses, rate, floor, n, k0, k1, k2, N, T0, T1, T2, WEIGHTED
-        )
+        c0, c1, c2 = _whole_coefficients(d0, d1, d2, length, self_mask, own, masses, rate, floor, n, k0, k1, k2, N, T0, T1, T2, WEIGHTED)
         t0, t1, t2 = t0 + factor * c0, t1 + factor * c1, t2 + factor * c2
     velocity, i = velocity + problem * n * d, tl.arange(0, N)
     for step in range(STEPS):

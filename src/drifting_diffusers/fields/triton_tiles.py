@@ -87,9 +87,7 @@ def tile_sums(
 
 
 @triton.jit
-def _tile_affinities(
-    logits, i, j, near_row, near_columns, row_scale, column_scales, mass, rate, floor, n, count
-):
+def _tile_affinities(logits, i, j, near_row, near_columns, row_scale, column_scales, mass, rate, floor, n, count):
     near_column = tl.load(near_columns + j, mask=j < count, other=0.0)
     column_scale = tl.load(column_scales + j, mask=j < count, other=0.0)
     over_targets, over_queries = roots_of_softmax(logits, near_row[:, None], rate), roots_of_softmax(logits, near_column[None, :], rate)
@@ -108,9 +106,7 @@ def _pulled(
         j = start + tl.arange(0, T)
         logits = logits_of(kept_tile(kept, i, first, j, n, count, targets), i, j, first, n, count, own, length, self_mask)
         mass = masses_of(masses + first, j, count, WEIGHTED)
-        a = _tile_affinities(
-            logits, i, j, near_row, near_columns + first, row_scale, column_scales + first, mass, rate, floor, n, count
-        )
+        a = _tile_affinities(logits, i, j, near_row, near_columns + first, row_scale, column_scales + first, mass, rate, floor, n, count)
         total += tl.sum(a, 1)
         force = weighted(a, shifted(samples(y, sy, j, count, dims, d), centre, PRODUCTS), force, PRODUCTS)
     return force, total
