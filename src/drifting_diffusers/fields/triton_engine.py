@@ -133,7 +133,7 @@ class _Whole:
 
     def __init__(self, engine: TritonEngine):
         self.engine = engine
-        sizes = [padded(engine.n), *map(_power, engine.counts)]
+        sizes = [padded(engine.n), *map(padded, engine.counts)]
         self.kept: Tensor | None = None
         self.sizes = dict(zip(("N", "T0", "T1", "T2"), sizes, strict=True))
         self.warps = 4 if sizes[0] * sum(sizes[1:]) <= 2**12 else 8

@@ -71,7 +71,7 @@ def plan_of(queries: Float[Tensor, "b n d"], counts: list[int], own: int, produc
     dimensions = min(padded(d), 64 if products in ("bf16", "widened") else 32)
     if _shared(queries.device) < SHARED:
         return Plan(whole=False, keep=True, shares=1, rows=32, columns=32, dimensions=min(padded(d), 32))
-    if padded(n) > 128 or padded(n) * sum(map(_power, counts)) > WHOLE:
+    if padded(n) > 128 or padded(n) * sum(map(padded, counts)) > WHOLE:
         return Plan(whole=False, keep=True, shares=1, dimensions=min(padded(d), 64))
     shares = max(1, min(2 * _processors(queries.device) // b, math.ceil(d / dimensions)))
     samples = queries.element_size() * d * (sum(counts) + n - own)
