@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from test_field_names import EXAMPLES
+from test_options import generator as moved
 from test_trainer import images, one_accelerator_per_test, tiny_generator, trainer, weights
 from torch import nn
 from torch.testing import assert_close
@@ -285,7 +286,7 @@ def test_no_encoder_is_ever_trained(kind, changes, images, tmp_path):
     quick = {"max_steps": 2, "eval_steps": 0, "preview_steps": 0, "save_steps": 9}
     assert any(p.requires_grad for p in network.parameters())
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    run = trainer(images, tmp_path / "run", objective=DriftingObjective([feature_map]), **(quick | changes))
+    run = trainer(images, tmp_path / "run", generator=moved(), objective=DriftingObjective([feature_map]), **(quick | changes))
     asked = []
     for parameter in network.parameters():
         parameter.register_hook(asked.append) if parameter.requires_grad else None
