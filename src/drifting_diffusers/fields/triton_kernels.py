@@ -10,7 +10,11 @@ registers, `tile_*` kernels a tile of rows (queries) and columns (targets) of on
 Two traps: the self mask is finite, so an own pair may be the nearest of its row, and it takes part in every minimum and sum; and each axis is shifted by its
 own minimum, because one shift for both lets column sums underflow. Both softmaxes are kept as square roots, exp(-(L - min) / 2 tau) / sqrt(sum of squares):
 the product of two softmaxes underflows in float32 long before its root does.
+
+Triton compiles the source of a function and looks names up in its module: `no_type_check` keeps the shape checks of the tests from wrapping it.
 """
+
+from typing import no_type_check
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -23,6 +27,7 @@ LEAST = tl.constexpr(1e-4)
 
 
 @triton.jit
+@no_type_check
 def samples(points, stride, rows, count, dims, d):
     """A tile of samples in float32, 0 beside the edges."""
     inside = (rows[:, None] < count) & (dims[None, :] < d)
@@ -30,6 +35,7 @@ def samples(points, stride, rows, count, dims, d):
 
 
 @triton.jit
+@no_type_check
 def product(a, b, total, PRODUCTS: tl.constexpr):
     """Total + a @ b, accumulated in float32. "widened" is "bf16" for the interpreter, whose NumPy multiplies no bfloat16."""
     if PRODUCTS == "bf16":
@@ -41,6 +47,7 @@ def product(a, b, total, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def weighted(coefficients, y, total, PRODUCTS: tl.constexpr):
     """Total + coefficients @ y for coefficients of float32: in 16 bits they are two halves, together 16 bits long."""
     if PRODUCTS == "bf16" or PRODUCTS == "widened":
@@ -52,6 +59,7 @@ def weighted(coefficients, y, total, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def shifted(y, centre, PRODUCTS: tl.constexpr):
     """About a centre; in 16 bits exactly so, see `_middle`."""
     moved = y - centre[None, :]
@@ -61,6 +69,7 @@ def shifted(y, centre, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _centre(low, high, PRODUCTS: tl.constexpr):
     """What a tile is centred about, from bounds of its columns (in float32 both are the mean).
 
@@ -76,16 +85,19 @@ def _centre(low, high, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _least(y, rows, count):
     return tl.min(tl.where(rows[:, None] < count, y, float("inf")), 0)
 
 
 @triton.jit
+@no_type_check
 def _most(y, rows, count):
     return tl.max(tl.where(rows[:, None] < count, y, float("-inf")), 0)
 
 
 @triton.jit
+@no_type_check
 def _whole_targets(
     y0, y1, y2, s0, s1, s2, dims, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, PRODUCTS: tl.constexpr,
@@ -103,12 +115,14 @@ def _whole_targets(
 
 
 @triton.jit
+@no_type_check
 def row_squares(y):
     wide = y.to(tl.float32)
     return tl.sum(wide * wide, 1)
 
 
 @triton.jit
+@no_type_check
 def roots(products, rows, columns, x_squares, y_squares, own):
     """Distances from scalar products; a NaN stays one."""
     squares = x_squares[:, None] + y_squares[None, :] - 2 * products
@@ -117,6 +131,7 @@ def roots(products, rows, columns, x_squares, y_squares, own):
 
 
 @triton.jit
+@no_type_check
 def _computed(
     x, sx, y0, y1, y2, s0, s1, s2, own, n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
     N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr,
@@ -140,12 +155,14 @@ def _computed(
 
 
 @triton.jit
+@no_type_check
 def places(rows, columns, width):
     """Where the entries of a matrix stand: 64 bits, because one matrix may have more than 2^31."""
     return rows.to(tl.int64)[:, None] * width + columns[None, :]
 
 
 @triton.jit
+@no_type_check
 def logits_of(distance, rows, columns, first, n, count, own, length, self_mask):
     """L of a tile whose columns are targets `first` and on; FAR beside its edges."""
     found = distance / length
@@ -154,18 +171,21 @@ def logits_of(distance, rows, columns, first, n, count, own, length, self_mask):
 
 
 @triton.jit
+@no_type_check
 def roots_of_softmax(logits, nearest, rate):
     """Not yet divided by the root of the sum of its squares. The rate is 1 / (2 tau)."""
     return tl.exp((nearest - logits) * rate)
 
 
 @triton.jit
+@no_type_check
 def affinities(over_targets, over_queries, row_scale, column_scale, mass, floor, inside):
     found = (over_targets * row_scale[:, None]) * (over_queries * column_scale[None, :])
     return tl.where(inside, tl.maximum(found, floor, propagate_nan=tl.PropagateNan.ALL), 0.0) * mass[None, :]
 
 
 @triton.jit
+@no_type_check
 def _whole_affinities(logits, row_roots, row_scale, mass, rate, floor, rows, columns, n, count):
     """Of all queries to one piece, so that a softmax over queries is complete."""
     over_queries = roots_of_softmax(logits, tl.min(logits, 0)[None, :], rate)
@@ -175,6 +195,7 @@ def _whole_affinities(logits, row_roots, row_scale, mass, rate, floor, rows, col
 
 
 @triton.jit
+@no_type_check
 def _signed(l0, l1, l2, w0, w1, w2, rate, floor, n, k0, k1, k2, N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr):
     """The coefficients of the targets in the force of one temperature: -a A+ for those that repel, a A- for those that attract."""
     i, j0, j1, j2 = tl.arange(0, N), tl.arange(0, T0), tl.arange(0, T1), tl.arange(0, T2)
@@ -189,6 +210,7 @@ def _signed(l0, l1, l2, w0, w1, w2, rate, floor, n, k0, k1, k2, N: tl.constexpr,
 
 
 @triton.jit
+@no_type_check
 def masses_of(masses, columns, count, WEIGHTED: tl.constexpr):
     """Of some columns, 0 beside the edge."""
     if WEIGHTED:
@@ -198,6 +220,7 @@ def masses_of(masses, columns, count, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def kept_tile(kept, rows, first, columns, n, count, targets):
     """A tile of distances from memory."""
     inside = (rows[:, None] < n) & (columns[None, :] < count)
@@ -205,12 +228,14 @@ def kept_tile(kept, rows, first, columns, n, count, targets):
 
 
 @triton.jit
+@no_type_check
 def keep_tile(kept, distance, rows, first, columns, n, count, targets):
     inside = (rows[:, None] < n) & (columns[None, :] < count)
     tl.store(kept + places(rows, first + columns, targets), distance, mask=inside)
 
 
 @triton.jit
+@no_type_check
 def _whole_distances(
     x, sx, y0, y1, y2, s0, s1, s2, own, kept, n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
     N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr, KEEP: tl.constexpr,
@@ -226,6 +251,7 @@ def _whole_distances(
 
 
 @triton.jit
+@no_type_check
 def _whole_coefficients(
     d0, d1, d2, length, self_mask, own, masses, rate, floor, n: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
     N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -243,6 +269,7 @@ def _whole_coefficients(
 
 
 @triton.jit
+@no_type_check
 def whole_measure(
     x, y0, y1, y2, bx, b0, b1, b2, sx, s0, s1, s2, masses, own, kept, totals,
     n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr, N: tl.constexpr, T0: tl.constexpr,
@@ -266,12 +293,14 @@ def whole_measure(
 
 
 @triton.jit
+@no_type_check
 def _row_totals(distance, mass):
     """Columns beside the edge have no mass, and finite distances unless a query's is not."""
     return tl.sum(distance * mass[None, :], 1)
 
 
 @triton.jit
+@no_type_check
 def whole_forces(
     x, y0, y1, y2, bx, b0, b1, b2, sx, s0, s1, s2, masses, own, kept, lengths, rates, floor, self_mask, squares,
     n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr, N: tl.constexpr, T0: tl.constexpr,
@@ -297,6 +326,7 @@ def whole_forces(
 
 
 @triton.jit
+@no_type_check
 def _whole_force(
     c0, c1, c2, y0, y1, y2, s0, s1, s2, dims, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
     N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr,
@@ -310,6 +340,7 @@ def _whole_force(
 
 
 @triton.jit
+@no_type_check
 def whole_velocity(
     x, y0, y1, y2, bx, b0, b1, b2, sx, s0, s1, s2, masses, own, kept, lengths, rates, floor, self_mask, factors, velocity,
     n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr, N: tl.constexpr, T0: tl.constexpr,

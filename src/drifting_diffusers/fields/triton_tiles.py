@@ -5,6 +5,8 @@ rows and columns, summed on both axes, multiplied for the norms, multiplied for 
 one order: no atomic sums, so that two runs agree to the last bit.
 """
 
+from typing import no_type_check
+
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
@@ -26,12 +28,14 @@ from .triton_kernels import (
 
 
 @triton.jit
+@no_type_check
 def _problem_and_tile(tiles):
     """Of this program, where every problem has so many tiles, neighbours in the grid. A grid's other axes end at 65535."""
     return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
 
 
 @triton.jit
+@no_type_check
 def tile_distances(
     x, y, bx, by, sx, sy, centres, masses, own, kept, totals, near_rows, near_columns,
     n: tl.constexpr, d: tl.constexpr, first: tl.constexpr, count: tl.constexpr, targets: tl.constexpr, tile0: tl.constexpr, tiles: tl.constexpr,
@@ -62,6 +66,7 @@ def tile_distances(
 
 
 @triton.jit
+@no_type_check
 def tile_sums(
     kept, near_rows, near_columns, problems, own, lengths, rates, self_mask, row_sums, column_sums,
     n: tl.constexpr, targets: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
@@ -87,6 +92,7 @@ def tile_sums(
 
 
 @triton.jit
+@no_type_check
 def _tile_affinities(logits, i, j, near_row, near_columns, row_scale, column_scales, mass, rate, floor, n, count):
     near_column = tl.load(near_columns + j, mask=j < count, other=0.0)
     column_scale = tl.load(column_scales + j, mask=j < count, other=0.0)
@@ -96,6 +102,7 @@ def _tile_affinities(logits, i, j, near_row, near_columns, row_scale, column_sca
 
 
 @triton.jit
+@no_type_check
 def _pulled(
     force, total, y, sy, kept, near_row, near_columns, row_scale, column_scales, masses, i, dims, centre, length, self_mask, own, rate, floor,
     n: tl.constexpr, d: tl.constexpr, first: tl.constexpr, count: tl.constexpr, targets: tl.constexpr, T: tl.constexpr,
@@ -113,6 +120,7 @@ def _pulled(
 
 
 @triton.jit
+@no_type_check
 def tile_forces(
     y0, y1, y2, b0, b1, b2, s0, s1, s2, centres, masses, problems, own, kept, near_rows, near_columns, row_scales, column_scales, lengths, rates, floor,
     self_mask, sides, squares,
@@ -150,6 +158,7 @@ def tile_forces(
 
 
 @triton.jit
+@no_type_check
 def _moved(
     force, sign, y, sy, kept, near_row, near_columns, row_scales, column_scales, others, masses, factors, rates, problem, problems, i, dims, centre,
     length, self_mask, own, floor,
@@ -176,6 +185,7 @@ def _moved(
 
 
 @triton.jit
+@no_type_check
 def tile_velocity(
     y0, y1, y2, b0, b1, b2, s0, s1, s2, centres, masses, problems, own, kept, near_rows, near_columns, row_scales, column_scales, lengths, rates, floor,
     self_mask, sides, factors, velocity,
