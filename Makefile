@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help install quickstart toys demo docs shipped test test-slow check cards format clean
+.PHONY: help install quickstart toys demo docs shipped test test-slow gpu-check check cards format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -28,6 +28,10 @@ test: $(VENV)/.dev  ## the test suite, without what takes minutes
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses $(JOBS) --dist load
+
+gpu-check: $(VENV)/.dev  ## every test and benchmark that needs a GPU, below ten minutes: fills docs/performance.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu_check.py --json docs/results/performance/gpu.json
+	$(BIN)/python benchmarks/performance_page.py
 
 check: $(VENV)/.dev  ## format, lint, import contracts, types
 	$(BIN)/ruff format --check .
