@@ -76,7 +76,7 @@ class Sides:
         if all(mass is None for mass in masses):
             return self
         one = lambda points: torch.ones(points.shape[:2], device=points.device, dtype=self.dtype)
-        found = [one(points) if mass is None else mass.to(self.dtype) for points, mass in zip(self.targets, masses, strict=True)]
+        found = [one(points) if mass is None else mass.detach().to(self.dtype) for points, mass in zip(self.targets, masses, strict=True)]
         return replace(self, masses=torch.cat(found, dim=1))
 
 
