@@ -189,6 +189,7 @@ def _window_stds(side: int, maps: Tensor) -> Tensor:
     return _places((_windows(side, maps).var((3, 5), correction=0) + 1e-6).sqrt())
 
 
+RECOMPILATIONS = 64  # of one block
 HOPS = 6  # from a feature map to a network that it holds; an attribute, an entry, a name in a function is one
 
 
@@ -209,6 +210,10 @@ def networks_of(feature_map: Any) -> list[nn.Module]:
 def compile_networks(feature_map: Any) -> bool:
     """Compile the networks of a feature map in place, their repeated blocks where they have such; whether there was any with weights."""
     found = [network for network in networks_of(feature_map) if any(True for _ in network.parameters())]
+    limits = (
+        torch._dynamo.config
+    )  # blocks of four widths, with a graph and without: beyond the 8 of torch the rest would run as if not compiled
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILATIONS)
     for network in found:
         if getattr(network, "_repeated_blocks", None):
             cast(Any, network).compile_repeated_blocks()
