@@ -1,6 +1,8 @@
 """The drifting field in Triton against float64, stage by stage. On a GPU as they stand (`-m gpu`); elsewhere these same tests run in Triton's interpreter, in
-a process of their own, because `TRITON_INTERPRET` must be set before Triton is imported and holds for the whole process."""
+a process of their own, because `TRITON_INTERPRET` must be set before Triton is imported and holds for the whole process.
+"""
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -55,6 +57,60 @@ def test_the_engine_in_the_interpreter_at_size():
     interpret("slow and not gpu", 3500)
 
 
+# -- the compiler, which needs no GPU: what the interpreter takes may still be no program for one
+
+
+COMPILED = {
+    "triton_kernels": ("whole_measure", "whole_forces", "whole_velocity"),
+    "triton_tiles": ("tile_distances", "tile_sums", "tile_forces", "tile_velocity"),
+}
+WHOLE_SHAPE = {"n": 64, "d": 96, "k0": 64, "k1": 16, "k2": 64, "N": 64, "T0": 64, "T1": 16, "T2": 64, "D": 32, "R": 3, "STEPS": 3}
+TILE_SHAPE = {"n": 200, "d": 96, "k0": 200, "k1": 0, "k2": 64, "N": 64, "T": 64, "D": 32, "R": 3, "targets": 264}
+TILE_SHAPE |= {"first": 200, "count": 64, "tile0": 4, "tiles": 5}
+
+
+def compiled(function, shape: dict, products: str, keep: bool, capability: int):
+    """A kernel as machine code for a GPU of this compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    samples = "*bf16" if products == "bf16" else "*fp32"
+    choices = shape | {"PRODUCTS": products, "KEEP": keep, "WEIGHTED": keep}
+
+    def kind(name: str) -> str:
+        if name in choices:
+            return "constexpr"
+        if name in ("x", "y", "y0", "y1", "y2"):
+            return samples
+        if name in ("floor", "self_mask"):
+            return "fp32"
+        return "i32" if name in ("own", "problems") or len(name) == 2 else "*fp32"
+
+    kinds = {name: kind(name) for name in function.arg_names}
+    constants = {(i,): choices[name] for i, name in enumerate(function.arg_names) if name in choices}
+    options = {"num_warps": 8, "enable_fp_fusion": True}
+    return triton.compile(ASTSource(function, kinds, constants), target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@in_process
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("products", ["ieee", "tf32x3", "bf16"])
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in COMPILED.items() for name in names])
+def test_kernels_compile_for_gpus(module, name, products, tmp_path, monkeypatch):
+    from drifting_diffusers.fields.triton_plan import SHARED
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(importlib.import_module(f"drifting_diffusers.fields.{module}"), name)
+    for capability, keep in ((80, False), (90, True)):
+        found = compiled(function, WHOLE_SHAPE if name.startswith("whole") else TILE_SHAPE, products, keep, capability)
+        assert found.asm["cubin"]
+        assert found.metadata.shared <= SHARED
+        if products == "bf16" and "sums" not in name:
+            assert ("wgmma" if capability == 90 else "mma.sync") in found.asm["ptx"]  # tensor cores
+
+
 # -- what is right: float64, as the equations stand
 
 
@@ -101,11 +157,15 @@ def device() -> torch.device:
     return torch.device("cuda")
 
 
-def big_tiles():
-    """In the interpreter a program costs time, not its size."""
+def tiles(rows: int, columns: int, dimensions: int):
     from drifting_diffusers.fields.triton_engine import Plan
 
-    return Plan(whole=False, keep=True, shares=1, rows=512, columns=1024, dimensions=128) if INTERPRETED else None
+    return Plan(whole=False, keep=True, shares=1, rows=rows, columns=columns, dimensions=dimensions)
+
+
+def big_tiles():
+    """In the interpreter it is programs that cost time, more than their size."""
+    return tiles(256, 512, 128) if INTERPRETED else None
 
 
 def samples(b: int, n: int, m: int, p: int, d: int, own: int, offset: float = 0.0, seed: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -119,7 +179,8 @@ def samples(b: int, n: int, m: int, p: int, d: int, own: int, offset: float = 0.
 def some_masses(targets: tuple[Tensor, ...], seed: int = 1) -> Tensor:
     b, t = len(targets[0]), sum(points.shape[1] for points in targets)
     masses = 3 * torch.rand(b, t, generator=torch.Generator().manual_seed(seed))
-    masses[:, t // 2] = 0  # present, and weightless
+    if t > 2:
+        masses[:, t // 2] = 0  # present, and weightless
     return masses
 
 
@@ -170,7 +231,7 @@ class TestStages:
         x, targets = samples(b, n, m, p, d, own)
         masses = some_masses(targets) if which % 2 else None
         plan = Plan(whole=True, keep=which % 3 == 0, shares=2 if which % 3 == 0 else 1, dimensions=16)
-        plan = plan if whole else Plan(whole=False, keep=True, shares=1, rows=16, columns=16, dimensions=32)
+        plan = plan if whole else tiles(16, 16, 32)
         compare(device, x, targets, own, masses, TEMPERATURES[which % 3], (0.0, 1e-3)[which // 3], 1e-5, plan=plan)
 
 
@@ -182,9 +243,9 @@ class TestEngine:
     @pytest.mark.parametrize("offset", [0.3, 30.0])
     def test_bfloat16_is_exact_to_its_sums(self, whole, offset, device):
         """Samples in bfloat16 are what they are: the engine's error is far below that of storing them."""
-        x, targets = samples(1, 24, 8, 20, 40, 24, offset)
+        _, targets = samples(1, 24, 8, 20, 40, 24, offset)
         stored = tuple(t.bfloat16() for t in targets)
-        plan = None if whole else big_tiles()
+        plan = None if whole else tiles(16, 32, 64)
         masses = some_masses(targets)
         compare(device, stored[0], stored, 24, masses, PAPER, 1e-3, FIELD_TOLERANCE["bf16"], plan=plan)
         compare(device, stored[0], stored, 24, masses, PAPER, 1e-3, 1e-5, plan=plan, products="ieee")
@@ -199,7 +260,7 @@ class TestEngine:
     @pytest.mark.parametrize("whole", [True, False])
     def test_means_of_30_standard_deviations_cost_no_digits(self, whole, device):
         x, targets = samples(1, 30, 9, 33, 48, 30, 30.0)
-        compare(device, x, targets, 30, some_masses(targets), PAPER, 1e-3, 5e-6, plan=None if whole else big_tiles())
+        compare(device, x, targets, 30, some_masses(targets), PAPER, 1e-3, 5e-6, plan=None if whole else tiles(32, 32, 32))
 
     def test_float16_and_mixed_samples_are_computed_in_float32(self, device):
         x, targets = samples(1, 16, 0, 16, 16, 16)
@@ -244,6 +305,7 @@ class TestEngine:
             assert engine.forces(torch.tensor(5.0)).abs().max() == 0
             assert engine.velocity(torch.ones(1)).abs().max() == 0
 
+    @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # NumPy's, under the interpreter
     @pytest.mark.parametrize("whole", [True, False])
     def test_what_is_no_number_is_not_hidden(self, whole, device):
         """Triton's maximum takes the number of a number and NaN, unless told otherwise."""
@@ -364,11 +426,8 @@ class TestStress:
 
     @pytest.mark.slow
     def test_all_cases_in_tiles(self, shared, device):
-        from drifting_diffusers.fields.triton_engine import Plan
-
-        tiles = Plan(whole=False, keep=True, shares=1, rows=64, columns=128, dimensions=64)
         for case in stress(shared):
-            against_plain(device, case, big_tiles() if len(case[1]) == 1 else tiles)
+            against_plain(device, case, big_tiles() if len(case[1]) == 1 else tiles(64, 128, 64))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", SHAPES)
@@ -379,7 +438,7 @@ class TestStress:
         x, targets = samples(b, n, m, p, d, own)
         for masses in (None, some_masses(targets)):
             compare(device, x, targets, own, masses, temperatures, floor, 1e-5)
-            compare(device, x, targets, own, masses, temperatures, floor, 1e-5, plan=big_tiles())
+            compare(device, x, targets, own, masses, temperatures, floor, 1e-5, plan=tiles(16, 32, 32))
 
 
 @contextmanager
