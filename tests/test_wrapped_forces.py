@@ -95,7 +95,9 @@ def test_t21_at_scale_1_moments_of_no_mass_do_not_count(grouping):
 def test_without_own_or_further_negatives_it_is_the_field_inside(field):
     x, p, q = clouds(0)
     for negatives, own in ((x, 16), (q, 0)):
-        assert_close(velocity(VelocityGuidance(field), x, p, negatives, own=own), velocity(field, x, p, negatives, own=own), rtol=0, atol=0)
+        assert_close(
+            velocity(VelocityGuidance(field), x, p, negatives, own=own), velocity(field, x, p, negatives, own=own), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(

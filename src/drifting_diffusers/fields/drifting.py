@@ -102,7 +102,9 @@ class DriftingField(FramedField):
         own = own_of(x, negatives, given["own"])
         check_shapes(x, positives, negatives, given["positive_weights"], given["negative_weights"], own)
         one: Any = lambda t: None if t is None else t[None] if x.ndim == 2 else t
-        sides = Sides(one(x), (one(negatives), one(positives)), negatives.shape[-2], own)
+        queries = one(x)
+        repelling = queries if negatives is x else one(negatives)
+        sides = Sides(queries, (repelling, one(positives)), negatives.shape[-2], own)
         sides = sides.with_masses([one(given["negative_weights"]), one(given["positive_weights"])])
         drift = finish(self.stages(sides), given["mean"])
         return dataclasses.replace(drift, velocity=drift.velocity[0]) if x.ndim == 2 else drift

@@ -46,9 +46,9 @@ class Sides:
 
     Attributes:
         queries: [b, n, d], in any floating-point type.
-        targets: tensors [b, k, d] that follow one another, those that repel first.
+        targets: tensors [b, k, d] that follow one another, those that repel first. Where the first one is `queries`, the same object, less is computed.
         negatives: how many of all t targets repel.
-        own: how many of the leading targets are the queries, in order.
+        own: how many of the leading targets belong to the queries, in order, and are masked for them; they need not lie where those do.
         masses: [b, t] in float32, or None where all are 1.
     """
 
@@ -180,7 +180,7 @@ class TorchEngine:
     def _distances(self, part: slice) -> Float[Tensor, "c t"]:
         """Distances of some problems and the nearest of every row and column; returns their sums over queries."""
         targets, sides = self._targets(part, first=True), self.sides
-        mine = sides.own == self.n
+        mine = sides.targets[0] is sides.queries  # own pairs may lie apart: a wrapper may move queries and not negatives
         queries = targets[:, : self.n] if mine else sides.queries[part] - self.centre[part]
         products = None if self.products is None else torch.bmm(targets, targets.mT, out=self.products[part])
         square = lambda points: torch.linalg.vector_norm(points, dim=-1).square_()
