@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drifting_diffusers.chance import FEW, generators
+from drifting_diffusers.chance import FEW, coins, generators
 
 integers = st.one_of(st.integers(0, 3), st.integers(2**32 - 2, 2**32 + 1), st.integers(0, 2**64 - 1), st.just(2**64 - 1))
 
@@ -22,6 +22,13 @@ def one_by_one(seeds):
 @settings(deadline=None, max_examples=150)
 def test_they_are_those_of_default_rng(seeds):
     assert states(generators(seeds)) == states(one_by_one(seeds))
+    assert coins(seeds) == [rng.random() < 0.5 for rng in one_by_one(seeds)]
+
+
+def test_coins_are_the_first_number_of_each():
+    seeds = [(4, i) for i in range(5000)]
+    assert coins(seeds) == [rng.random() < 0.5 for rng in one_by_one(seeds)]
+    assert 2300 < sum(coins(seeds)) < 2700
 
 
 @pytest.mark.parametrize(
@@ -36,6 +43,7 @@ def test_they_are_those_of_default_rng(seeds):
 )
 def test_whatever_the_form_of_the_seeds(seeds):
     assert states(generators(seeds)) == states(one_by_one(seeds))
+    assert coins(seeds) == [rng.random() < 0.5 for rng in one_by_one(seeds)]
 
 
 def test_each_has_a_stream_of_its_own():

@@ -16,6 +16,7 @@ OF_SEEDS, OF_POOLS = (
     (0x8B51F9DD, 0x58F38DED),
 )  # the first constant of a hash, and the factor from each to the next
 LEFT, RIGHT = np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
+STEP, MASK_128, MASK_64 = 0x2360ED051FC65DA44385DF649FCCF645, 2**128 - 1, 2**64 - 1  # the factor of a PCG64
 FEW = 8  # hashing together takes as long as hashing so many one after the other
 Words = np.ndarray  # [words, seeds] in uint32
 
@@ -26,6 +27,22 @@ def generators(seeds: Sequence[Sequence[int]]) -> list[np.random.Generator]:
     if numbers is None:
         return [np.random.default_rng(tuple(seed)) for seed in seeds]
     return [np.random.Generator(np.random.PCG64(cast(Any, _Seed(told)))) for told in _told(numbers)]
+
+
+def coins(seeds: Sequence[Sequence[int]]) -> list[bool]:
+    """`[numpy.random.default_rng(tuple(seed)).random() < 0.5 for seed in seeds]`, of non-negative integers."""
+    numbers = _table(seeds) if len(seeds) >= FEW else None
+    if numbers is None:
+        return [bool(rng.random() < 0.5) for rng in generators(seeds)]
+    return [_heads(*told) for told in _told(numbers).tolist()]
+
+
+def _heads(high: int, low: int, high_stream: int, low_stream: int) -> bool:
+    """Whether the first number of a PCG64 that was told this is below a half: the first bit of its first 64, which are its state's halves, xored and rotated."""
+    stream = ((high_stream << 64 | low_stream) << 1 | 1) & MASK_128
+    state = (((stream + (high << 64 | low)) * STEP + stream) * STEP + stream) & MASK_128
+    top = state >> 64
+    return not ((top ^ state) & MASK_64) >> ((top >> 58) + 63 & 63) & 1
 
 
 class _Seed(ISeedSequence):

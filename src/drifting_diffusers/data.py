@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .chance import generators
+from .chance import coins, generators
 from .shapes import Float, Int
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels of a sample -> the PIL mode its image is read in
@@ -180,12 +180,7 @@ def fingerprint_of(labels: np.ndarray, ends: Float[Tensor, "2 c h w"]) -> dict[s
 
 def coin(seed: Sequence[int]) -> bool:
     """Heads or tails, a function of the seed."""
-    return heads(np.random.default_rng(tuple(seed)))
-
-
-def heads(rng: np.random.Generator) -> bool:
-    """Half of the times, by the next number of this generator."""
-    return bool(rng.random() < 0.5)
+    return bool(np.random.default_rng(tuple(seed)).random() < 0.5)
 
 
 class LabelledImages(RealSamples):
@@ -240,7 +235,7 @@ class LabelledImages(RealSamples):
         images = self.gather(rows)[0] if self.crop_area_min == 1 else self._cropped(list(rows), seeds)
         if not flip:
             return images
-        mirrored = torch.tensor([heads(rng) for rng in generators(seeds)])[:, None, None, None]
+        mirrored = torch.tensor(coins(seeds))[:, None, None, None]
         return torch.where(mirrored, images.flip(3), images)
 
     def _cropped(self, rows: list[int], seeds: Sequence[Sequence[int]]) -> Float[Tensor, "n c h w"]:

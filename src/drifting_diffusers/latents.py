@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .chance import generators
-from .data import RealSamples, heads
+from .chance import coins, generators
+from .data import RealSamples
 from .latent_shards import (
     DESCRIPTION,
     STORED,
@@ -117,9 +117,12 @@ class LatentCache(RealSamples):
         at = self._checked(rows)
         if len(at) != len(seeds):
             raise ValueError(f"every row needs a seed, got {len(at)} rows and {len(seeds)} seeds")
-        chance = generators([(VARIED, *seed) for seed in seeds]) if flip or self._draws else []
-        mirrored = np.array([heads(rng) for rng in chance], dtype=np.int64) if chance else np.zeros_like(at)
-        return self._latents(at, mirrored * flip, chance)
+        seeds = [(VARIED, *seed) for seed in seeds]
+        if not self._draws:
+            return self._latents(at, np.array(coins(seeds), dtype=np.int64) if flip else np.zeros_like(at), [])
+        chance = generators(seeds)
+        heads = np.array([rng.random() < 0.5 for rng in chance], dtype=np.int64)
+        return self._latents(at, heads * flip, chance)
 
     def fingerprint(self) -> dict[str, Any]:
         """Enough to tell one cache from another: what `RealSamples` says, the digest of the VAE, and whether moments are stored."""
