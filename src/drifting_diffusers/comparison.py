@@ -73,7 +73,7 @@ def waves(pairs: Iterable[Pair], mean: Mean) -> Iterator[list[Pair]]:
 
 def compare(pairs: Sequence[Pair], mean: Mean) -> list[tuple[Tensor, Drift] | NonFinite]:
     """The loss [b] of every feature and what its field measured, or why there is none. Every process asks for as many means, whatever it meets."""
-    if len(pairs) == 1 or not all(pair.staged for pair in pairs):
+    if len(pairs) == 1 or not all(pair.staged and pair.field.grouping == "batch" for pair in pairs):
         return [_alone(pair, mean) for pair in pairs]
     groups = list(_groups(pairs))
     calls = [Call(_stages(group), tuple(len(pair.generated) for pair in group)) for group in groups]

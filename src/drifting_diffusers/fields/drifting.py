@@ -31,6 +31,7 @@ from .engine import Engine, Sides, TorchEngine
 from .frame import FramedField, Problems, check_shapes
 from .protocol import Drift, batch_mean, own_of
 from .stages import Stages, finish
+from .triton_plan import available
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,13 @@ class DriftingField(FramedField):
         return (yield totals, weights)
 
     def _engine(self, sides: Sides) -> Engine:
-        choices: Any = (sides, self.temperatures, self.affinity_floor, self.self_mask)
-        return TorchEngine(*choices)
+        device, choices = sides.queries.device, (tuple(self.temperatures), self.affinity_floor, self.self_mask)
+        on_cuda = device.type == "cuda" and sides.dtype == torch.float32 and available(device)
+        if self.backend == "triton" or (self.backend == "auto" and on_cuda):
+            from .triton_engine import TritonEngine
+
+            return TritonEngine(sides.queries, sides.targets, sides.own, sides.negatives, sides.masses, *choices)
+        return TorchEngine(sides, *choices)
 
     def force(self, problems: Problems, temperature: float) -> Float[Tensor, "b n d"]:
         """F of one temperature: attraction less repulsion, each weighted with the mass of the other side."""

@@ -188,5 +188,6 @@ def _named(name: str, given: list[Any], named: dict[str, Any], called: bool = Fa
 
 
 def _no_choices(known: Any) -> set[str]:
-    """Entries that are no part of what a field is, as `spell` leaves them out: memories, reports."""
-    return {entry.name for entry in dataclasses.fields(known) if not entry.compare} if dataclasses.is_dataclass(known) else set()
+    """Entries that are no part of what a field is, as `spell` leaves them out: memories, reports. A backend is none either, and may be asked for."""
+    entries = dataclasses.fields(known) if dataclasses.is_dataclass(known) else ()
+    return {entry.name for entry in entries if not entry.compare and entry.name != "backend"}

@@ -183,7 +183,7 @@ class _Whole:
 
     def _steps(self) -> dict[str, Any]:
         e = self.engine
-        return {**self._shape(), "R": len(e.temperatures), "STEPS": math.ceil(e.d / (e.plan.dimensions * e.plan.shares))}
+        return {**self._shape(), "R": len(e.temperatures)}
 
 
 class _Tiles:
@@ -220,7 +220,7 @@ class _Tiles:
         self._sum()
         self.sides, squares = e.empty(2, r, e.b, e.n), e.empty(r, e.b, self.row_tiles, self.d_tiles)
         _tiled().tile_forces[(e.b * r * self.d_tiles * self.row_tiles,)](
-            *self._law(), self.sides, squares, **self._counts(), **self._sizes(), **self._products(), R=r, **_options(8)
+            *self._law(), *self.sides, squares, **self._counts(), **self._sizes(), **self._products(), R=r, **_options(8)
         )
         return squares.sum((2, 3))
 

@@ -99,7 +99,7 @@ def _most(y, rows, count):
 @triton.jit
 @no_type_check
 def _whole_targets(
-    y0, y1, y2, s0, s1, s2, dims, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
+    y0, y1, y2, s0, s1, s2, dims, d, k0, k1, k2,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """All targets of a problem at some dimensions, and the bounds that say their centre: no pass of its own is needed for it."""
@@ -133,7 +133,7 @@ def roots(products, rows, columns, x_squares, y_squares, own):
 @triton.jit
 @no_type_check
 def _computed(
-    x, sx, y0, y1, y2, s0, s1, s2, own, n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
+    x, sx, y0, y1, y2, s0, s1, s2, own, n, d, k0, k1, k2,
     N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """All distances of a problem, D dimensions at a time."""
@@ -237,7 +237,7 @@ def keep_tile(kept, distance, rows, first, columns, n, count, targets):
 @triton.jit
 @no_type_check
 def _whole_distances(
-    x, sx, y0, y1, y2, s0, s1, s2, own, kept, n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
+    x, sx, y0, y1, y2, s0, s1, s2, own, kept, n, d, k0, k1, k2,
     N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Those of `whole_measure` from memory, or once more from the samples, which is less to read where there are few dimensions."""
@@ -253,7 +253,7 @@ def _whole_distances(
 @triton.jit
 @no_type_check
 def _whole_coefficients(
-    d0, d1, d2, length, self_mask, own, masses, rate, floor, n: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
+    d0, d1, d2, length, self_mask, own, masses, rate, floor, n, k0, k1, k2,
     N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     i, j0, j1, j2 = tl.arange(0, N), tl.arange(0, T0), tl.arange(0, T1), tl.arange(0, T2)
@@ -272,7 +272,7 @@ def _whole_coefficients(
 @no_type_check
 def whole_measure(
     x, y0, y1, y2, bx, b0, b1, b2, sx, s0, s1, s2, masses, own, kept, totals,
-    n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr, N: tl.constexpr, T0: tl.constexpr,
+    n, d, k0, k1, k2, N: tl.constexpr, T0: tl.constexpr,
     T1: tl.constexpr, T2: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """A program per problem: its sum of w_j dist_ij, and the distances if they are to be kept."""
@@ -280,7 +280,7 @@ def whole_measure(
     i, j0, j1, j2 = tl.arange(0, N), tl.arange(0, T0), tl.arange(0, T1), tl.arange(0, T2)
     x, y0, y1, y2 = x + problem * bx, y0 + problem * b0, y1 + problem * b1, y2 + problem * b2
     d0, d1, d2 = _computed(x, sx, y0, y1, y2, s0, s1, s2, own, n, d, k0, k1, k2, N, T0, T1, T2, D, PRODUCTS)
-    targets: tl.constexpr = k0 + k1 + k2
+    targets = k0 + k1 + k2
     if KEEP:
         kept += problem * n * targets
         keep_tile(kept, d0, i, 0, j0, n, k0, targets)
@@ -303,14 +303,14 @@ def _row_totals(distance, mass):
 @no_type_check
 def whole_forces(
     x, y0, y1, y2, bx, b0, b1, b2, sx, s0, s1, s2, masses, own, kept, lengths, rates, floor, self_mask, squares,
-    n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr, N: tl.constexpr, T0: tl.constexpr,
+    n, d, k0, k1, k2, N: tl.constexpr, T0: tl.constexpr,
     T1: tl.constexpr, T2: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr,
-    R: tl.constexpr, STEPS: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     """A program per problem and share of the dimensions: the sum of squares of the force of every temperature, squares [R, b, shares]."""
     problem, share, shares = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     x, y0, y1, y2 = x + problem * bx, y0 + problem * b0, y1 + problem * b1, y2 + problem * b2
-    targets: tl.constexpr = k0 + k1 + k2
+    targets = k0 + k1 + k2
     kept += problem * n * targets
     d0, d1, d2 = _whole_distances(x, sx, y0, y1, y2, s0, s1, s2, own, kept, n, d, k0, k1, k2, N, T0, T1, T2, D, PRODUCTS, KEEP)
     masses, length = masses + problem * targets, tl.load(lengths + problem)
@@ -318,8 +318,8 @@ def whole_forces(
         rate = tl.load(rates + r)
         c0, c1, c2 = _whole_coefficients(d0, d1, d2, length, self_mask, own, masses, rate, floor, n, k0, k1, k2, N, T0, T1, T2, WEIGHTED)
         entries = tl.zeros((N, D), tl.float32)
-        for step in range(STEPS):
-            dims = (step * shares + share) * D + tl.arange(0, D)
+        for start in range(share * D, d, shares * D):
+            dims = start + tl.arange(0, D)
             force = _whole_force(c0, c1, c2, y0, y1, y2, s0, s1, s2, dims, d, k0, k1, k2, N, T0, T1, T2, D, PRODUCTS)
             entries += force * force
         tl.store(squares + (r * tl.num_programs(0) + problem) * shares + share, tl.sum(tl.sum(entries, 1), 0))
@@ -328,7 +328,7 @@ def whole_forces(
 @triton.jit
 @no_type_check
 def _whole_force(
-    c0, c1, c2, y0, y1, y2, s0, s1, s2, dims, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr,
+    c0, c1, c2, y0, y1, y2, s0, s1, s2, dims, d, k0, k1, k2,
     N: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """Coefficients times targets at some dimensions; rows of coefficients sum to 0, so the centre is taken off for the rounding alone."""
@@ -343,14 +343,14 @@ def _whole_force(
 @no_type_check
 def whole_velocity(
     x, y0, y1, y2, bx, b0, b1, b2, sx, s0, s1, s2, masses, own, kept, lengths, rates, floor, self_mask, factors, velocity,
-    n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr, N: tl.constexpr, T0: tl.constexpr,
+    n, d, k0, k1, k2, N: tl.constexpr, T0: tl.constexpr,
     T1: tl.constexpr, T2: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr,
-    R: tl.constexpr, STEPS: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     """A program per problem and share of the dimensions: the coefficients of all temperatures are added before the one product."""
     problem, share, shares = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     x, y0, y1, y2 = x + problem * bx, y0 + problem * b0, y1 + problem * b1, y2 + problem * b2
-    targets: tl.constexpr = k0 + k1 + k2
+    targets = k0 + k1 + k2
     kept += problem * n * targets
     d0, d1, d2 = _whole_distances(x, sx, y0, y1, y2, s0, s1, s2, own, kept, n, d, k0, k1, k2, N, T0, T1, T2, D, PRODUCTS, KEEP)
     masses, length = masses + problem * targets, tl.load(lengths + problem)
@@ -360,7 +360,7 @@ def whole_velocity(
         c0, c1, c2 = _whole_coefficients(d0, d1, d2, length, self_mask, own, masses, rate, floor, n, k0, k1, k2, N, T0, T1, T2, WEIGHTED)
         t0, t1, t2 = t0 + factor * c0, t1 + factor * c1, t2 + factor * c2
     velocity, i = velocity + problem * n * d, tl.arange(0, N)
-    for step in range(STEPS):
-        dims = (step * shares + share) * D + tl.arange(0, D)
+    for start in range(share * D, d, shares * D):
+        dims = start + tl.arange(0, D)
         force = _whole_force(t0, t1, t2, y0, y1, y2, s0, s1, s2, dims, d, k0, k1, k2, N, T0, T1, T2, D, PRODUCTS)
         tl.store(velocity + places(i, dims, d), force, mask=(i[:, None] < n) & (dims[None, :] < d))

@@ -38,12 +38,12 @@ def _problem_and_tile(tiles):
 @no_type_check
 def tile_distances(
     x, y, bx, by, sx, sy, centres, masses, own, kept, totals, near_rows, near_columns,
-    n: tl.constexpr, d: tl.constexpr, first: tl.constexpr, count: tl.constexpr, targets: tl.constexpr, tile0: tl.constexpr, tiles: tl.constexpr,
+    n, d, first, count, targets, tile0, tiles,
     N: tl.constexpr, T: tl.constexpr, D: tl.constexpr, PRODUCTS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """A program per tile of one piece: its distances, its part of sum w_j dist_ij, and its rows' and columns' minima, own pairs left out."""
-    row_tiles: tl.constexpr = (n + N - 1) // N
-    problem, tile = _problem_and_tile(row_tiles * ((count + T - 1) // T))
+    row_tiles = tl.cdiv(n, N)
+    problem, tile = _problem_and_tile(row_tiles * tl.cdiv(count, T))
     row_tile, column_tile = tile % row_tiles, tile // row_tiles
     i, j = row_tile * N + tl.arange(0, N), column_tile * T + tl.arange(0, T)
     x, y, centres = x + problem * bx, y + problem * by, centres + problem * d
@@ -69,11 +69,11 @@ def tile_distances(
 @no_type_check
 def tile_sums(
     kept, near_rows, near_columns, problems, own, lengths, rates, self_mask, row_sums, column_sums,
-    n: tl.constexpr, targets: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    n, targets, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """A program per tile: its part of what both softmaxes divide by, for every temperature: row_sums [R, b, tiles, n], column_sums [R, b, tiles, targets]."""
-    row_tiles: tl.constexpr = (n + N - 1) // N
-    column_tiles: tl.constexpr = (targets + T - 1) // T
+    row_tiles = tl.cdiv(n, N)
+    column_tiles = tl.cdiv(targets, T)
     problem, tile = _problem_and_tile(row_tiles * column_tiles)
     row_tile, column_tile = tile % row_tiles, tile // row_tiles
     i, j = row_tile * N + tl.arange(0, N), column_tile * T + tl.arange(0, T)
@@ -105,7 +105,7 @@ def _tile_affinities(logits, i, j, near_row, near_columns, row_scale, column_sca
 @no_type_check
 def _pulled(
     force, total, y, sy, kept, near_row, near_columns, row_scale, column_scales, masses, i, dims, centre, length, self_mask, own, rate, floor,
-    n: tl.constexpr, d: tl.constexpr, first: tl.constexpr, count: tl.constexpr, targets: tl.constexpr, T: tl.constexpr,
+    n, d, first, count, targets, T: tl.constexpr,
     PRODUCTS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Force + sum_j a_ij y_j and total + sum_j a_ij over one piece."""
@@ -123,17 +123,17 @@ def _pulled(
 @no_type_check
 def tile_forces(
     y0, y1, y2, b0, b1, b2, s0, s1, s2, centres, masses, problems, own, kept, near_rows, near_columns, row_scales, column_scales, lengths, rates, floor,
-    self_mask, sides, squares,
-    n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr, N: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    self_mask, repelled_sides, attracted_sides, squares,
+    n, d, k0, k1, k2, N: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     PRODUCTS: tl.constexpr, WEIGHTED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """A program per temperature, tile of dimensions and tile of rows, neighbours in this order so that they find the same distances in the cache.
 
-    Stores its sum of squares, squares [R, b, tiles], and A-, A+ of its rows, sides [2, R, b, n].
+    Stores its sum of squares, squares [R, b, tiles], and A-, A+ of its rows, each [R, b, n].
     """
-    targets: tl.constexpr = k0 + k1 + k2
-    row_tiles: tl.constexpr = (n + N - 1) // N
-    d_tiles: tl.constexpr = (d + D - 1) // D
+    targets = k0 + k1 + k2
+    row_tiles = tl.cdiv(n, N)
+    d_tiles = tl.cdiv(d, D)
     problem, tile = _problem_and_tile(R * d_tiles * row_tiles)
     r, d_tile, row_tile = tile % R, tile // R % d_tiles, tile // R // d_tiles
     i, dims, place = row_tile * N + tl.arange(0, N), d_tile * D + tl.arange(0, D), r * problems + problem
@@ -153,8 +153,8 @@ def tile_forces(
     force = tl.where((i[:, None] < n) & (dims[None, :] < d), repelled[:, None] * pull - attracted[:, None] * push, 0.0)
     tl.store(squares + (place * row_tiles + row_tile) * d_tiles + d_tile, tl.sum(tl.sum(force * force, 1), 0))
     once = tl.where(d_tile == 0, n, 0)
-    tl.store(sides + place * n + i, repelled, mask=i < once)
-    tl.store(sides + (R * problems + place) * n + i, attracted, mask=i < once)
+    tl.store(repelled_sides + place * n + i, repelled, mask=i < once)
+    tl.store(attracted_sides + place * n + i, attracted, mask=i < once)
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def tile_forces(
 def _moved(
     force, sign, y, sy, kept, near_row, near_columns, row_scales, column_scales, others, masses, factors, rates, problem, problems, i, dims, centre,
     length, self_mask, own, floor,
-    n: tl.constexpr, d: tl.constexpr, first: tl.constexpr, count: tl.constexpr, targets: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
+    n, d, first, count, targets, N: tl.constexpr, T: tl.constexpr,
     PRODUCTS: tl.constexpr, WEIGHTED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Force + sign sum_j (sum_R factor_R A_R a_R)_ij y_j over one piece, A the affinity to the other side: one product for all temperatures."""
@@ -188,25 +188,25 @@ def _moved(
 @no_type_check
 def tile_velocity(
     y0, y1, y2, b0, b1, b2, s0, s1, s2, centres, masses, problems, own, kept, near_rows, near_columns, row_scales, column_scales, lengths, rates, floor,
-    self_mask, sides, factors, velocity,
-    n: tl.constexpr, d: tl.constexpr, k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr, N: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    self_mask, repelled_sides, attracted_sides, factors, velocity,
+    n, d, k0, k1, k2, N: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     PRODUCTS: tl.constexpr, WEIGHTED: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """A program per tile of dimensions and tile of rows."""
-    targets: tl.constexpr = k0 + k1 + k2
-    d_tiles: tl.constexpr = (d + D - 1) // D
-    problem, tile = _problem_and_tile(d_tiles * ((n + N - 1) // N))
+    targets = k0 + k1 + k2
+    d_tiles = tl.cdiv(d, D)
+    problem, tile = _problem_and_tile(d_tiles * tl.cdiv(n, N))
     d_tile, row_tile = tile % d_tiles, tile // d_tiles
     i, dims = row_tile * N + tl.arange(0, N), d_tile * D + tl.arange(0, D)
     length, centre = tl.load(lengths + problem), tl.load(centres + problem * d + dims, mask=dims < d, other=0.0)
     near_row = tl.load(near_rows + problem * n + i, mask=i < n, other=0.0)
     kept, near_columns, masses = kept + problem * n * targets, near_columns + problem * targets, masses + problem * targets
-    y0, y1, y2, attracted = y0 + problem * b0, y1 + problem * b1, y2 + problem * b2, sides + R * problems * n
+    y0, y1, y2 = y0 + problem * b0, y1 + problem * b1, y2 + problem * b2
     force = tl.zeros((N, D), tl.float32)
-    force = _moved(force, -1.0, y0, s0, kept, near_row, near_columns, row_scales, column_scales, attracted, masses, factors, rates, problem, problems,
+    force = _moved(force, -1.0, y0, s0, kept, near_row, near_columns, row_scales, column_scales, attracted_sides, masses, factors, rates, problem, problems,
                    i, dims, centre, length, self_mask, own, floor, n, d, 0, k0, targets, N, T, PRODUCTS, WEIGHTED, R)  # fmt: skip
-    force = _moved(force, -1.0, y1, s1, kept, near_row, near_columns, row_scales, column_scales, attracted, masses, factors, rates, problem, problems,
+    force = _moved(force, -1.0, y1, s1, kept, near_row, near_columns, row_scales, column_scales, attracted_sides, masses, factors, rates, problem, problems,
                    i, dims, centre, length, self_mask, own, floor, n, d, k0, k1, targets, N, T, PRODUCTS, WEIGHTED, R)  # fmt: skip
-    force = _moved(force, 1.0, y2, s2, kept, near_row, near_columns, row_scales, column_scales, sides, masses, factors, rates, problem, problems,
+    force = _moved(force, 1.0, y2, s2, kept, near_row, near_columns, row_scales, column_scales, repelled_sides, masses, factors, rates, problem, problems,
                    i, dims, centre, length, self_mask, own, floor, n, d, k0 + k1, k2, targets, N, T, PRODUCTS, WEIGHTED, R)  # fmt: skip
     tl.store(velocity + problem * n * d + places(i, dims, d), force, mask=(i[:, None] < n) & (dims[None, :] < d))
