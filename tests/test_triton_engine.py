@@ -64,19 +64,17 @@ COMPILED = {
     "triton_kernels": ("whole_measure", "whole_forces", "whole_velocity"),
     "triton_tiles": ("tile_distances", "tile_sums", "tile_forces", "tile_velocity"),
 }
-WHOLE_SHAPE = {"n": 64, "d": 96, "k0": 64, "k1": 16, "k2": 64, "N": 64, "T0": 64, "T1": 16, "T2": 64, "D": 32, "R": 3, "STEPS": 3}
-TILE_SHAPE = {"n": 200, "d": 96, "k0": 200, "k1": 0, "k2": 64, "N": 64, "T": 64, "D": 32, "R": 3, "targets": 264}
-TILE_SHAPE |= {"first": 200, "count": 64, "tile0": 4, "tiles": 5}
+SIZES = {"N": 64, "T0": 64, "T1": 16, "T2": 64, "T": 64, "D": 32, "R": 3}
 
 
-def compiled(function, shape: dict, products: str, keep: bool, capability: int):
+def compiled(function, products: str, keep: bool, capability: int):
     """A kernel as machine code for a GPU of this compute capability."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     samples = "*bf16" if products == "bf16" else "*fp32"
-    choices = shape | {"PRODUCTS": products, "KEEP": keep, "WEIGHTED": keep}
+    choices = SIZES | {"PRODUCTS": products, "KEEP": keep, "WEIGHTED": keep}
 
     def kind(name: str) -> str:
         if name in choices:
@@ -85,12 +83,14 @@ def compiled(function, shape: dict, products: str, keep: bool, capability: int):
             return samples
         if name in ("floor", "self_mask"):
             return "fp32"
-        return "i32" if name in ("own", "problems") or len(name) == 2 else "*fp32"
+        return "i32" if name in ("own", "problems", "first", "count", "targets", "tile0", "tiles") or len(name) <= 2 else "*fp32"
 
     kinds = {name: kind(name) for name in function.arg_names}
+    strides = lambda name: name == "d" or len(name) == 2
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if kinds[name][0] == "*" or strides(name)}
     constants = {(i,): choices[name] for i, name in enumerate(function.arg_names) if name in choices}
     options = {"num_warps": 8, "enable_fp_fusion": True}
-    return triton.compile(ASTSource(function, kinds, constants), target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(ASTSource(function, kinds, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @in_process
@@ -104,7 +104,7 @@ def test_kernels_compile_for_gpus(module, name, products, tmp_path, monkeypatch)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(importlib.import_module(f"drifting_diffusers.fields.{module}"), name)
     for capability, keep in ((80, False), (90, True)):
-        found = compiled(function, WHOLE_SHAPE if name.startswith("whole") else TILE_SHAPE, products, keep, capability)
+        found = compiled(function, products, keep, capability)
         assert found.asm["cubin"]
         assert found.metadata.shared <= SHARED
         if products == "bf16" and "sums" not in name:

@@ -228,7 +228,7 @@ class _Tiles:
         e = self.engine
         _tiled().tile_velocity[(e.b * self.d_tiles * self.row_tiles,)](
             *self._law(),
-            self.sides,
+            *self.sides,
             factors,
             found,
             **self._counts(),
