@@ -20,6 +20,9 @@ from .shapes import Float
 LEAST_DISTANCE = 1e-4
 """What coinciding points are apart: at 0 the square root has no finite gradient. The release's value."""
 
+CHUNK = 2**18
+"""Entries of [problems, queries, targets] at a time on a CPU: a megabyte in float32, of which three or four fit into a share of the last cache."""
+
 
 def pairwise_distance(x: Float[Tensor, "*b n d"], y: Float[Tensor, "*b m d"]) -> Float[Tensor, "*b n m"]:
     """Euclidean distance of every x to every y, never below `LEAST_DISTANCE`.
@@ -30,6 +33,28 @@ def pairwise_distance(x: Float[Tensor, "*b n d"], y: Float[Tensor, "*b m d"]) ->
     products = (x @ y.mT).mul_(-2)  # in place from here on: one matrix in memory, however large
     squares = products.add_(x.square().sum(-1)[..., :, None]).add_(y.square().sum(-1)[..., None, :])
     return squares.clamp_(min=LEAST_DISTANCE**2).sqrt_()
+
+
+def fill_distances(
+    out: Float[Tensor, "b n m"],
+    x: Float[Tensor, "b n d"],
+    y: Float[Tensor, "b m d"],
+    x_squares: Float[Tensor, "b n"],
+    y_squares: Float[Tensor, "b m"],
+) -> Float[Tensor, "b n m"]:
+    """`pairwise_distance` without a graph, into memory that is there, from squares that are known."""
+    torch.add(x_squares[:, :, None], y_squares[:, None, :], out=out)
+    return out.baddbmm_(x, y.mT, alpha=-2).clamp_(min=LEAST_DISTANCE**2).sqrt_()
+
+
+def distances(x: Float[Tensor, "b n d"], y: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
+    """`pairwise_distance` without a graph, of some problems at a time: every pass finds in the cache what the one before left there."""
+    out = x.new_empty(len(x), x.shape[1], y.shape[1])
+    at_once = max(1, CHUNK // max(1, out[:1].numel())) if x.device.type == "cpu" else max(1, len(x))
+    square = lambda points: torch.linalg.vector_norm(points, dim=-1).square_()
+    for part in (slice(i, i + at_once) for i in range(0, len(x), at_once)):
+        fill_distances(out[part], x[part], y[part], square(x[part]), square(y[part]))
+    return out
 
 
 @runtime_checkable

@@ -87,7 +87,9 @@ def _at(field: Any, temperature: Scheduled) -> Any:
     entries = [entry for entry in dataclasses.fields(field) if entry.init] if dataclasses.is_dataclass(field) else []
     names = [entry.name for entry in entries]
     if "temperatures" in names:  # what is remembered, which is no choice, is of other temperatures
-        return type(field)(**{e.name: getattr(field, e.name) for e in entries if e.compare or e.name == "backend"} | {"temperatures": (temperature,)})
+        return type(field)(
+            **{e.name: getattr(field, e.name) for e in entries if e.compare or e.name == "backend"} | {"temperatures": (temperature,)}
+        )
     if "field" in names:
         replace: Any = dataclasses.replace
         return replace(field, field=_at(field.field, temperature))

@@ -26,12 +26,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..kernels import LEAST_DISTANCE
+from ..kernels import CHUNK, LEAST_DISTANCE, fill_distances
 from ..shapes import Float
 from .softmaxes import Softmaxes, exponents_of
 
-CHUNK = 2**18
-"""Entries of [problems, queries, targets] at a time: a megabyte in float32, of which three or four fit into a share of the last cache."""
 BLOCK = 2**19
 """Entries of some rows of a huge problem: products with few rows waste what a processor can do."""
 KEPT = 2**22
@@ -188,12 +186,12 @@ class TorchEngine:
         of_queries = of_targets[:, : self.n] if mine else square(queries)
         total, nearest = targets.new_zeros(len(targets), self.t), self.nearest_query[part].fill_(math.inf)
         for rows in self._rows():
-            found = torch.add(of_queries[:, rows, None], of_targets[:, None, :], out=self.distance[part, rows])  # pyright: ignore[reportOptionalSubscript]
+            found = self.distance[part, rows]  # pyright: ignore[reportOptionalSubscript]
             if products is not None and mine:
-                found.sub_(products[:, rows], alpha=2)
+                torch.add(of_queries[:, rows, None], of_targets[:, None, :], out=found)
+                found.sub_(products[:, rows], alpha=2).clamp_(min=LEAST_DISTANCE**2).sqrt_()
             else:
-                found.baddbmm_(queries[:, rows], targets.mT, alpha=-2)
-            found.clamp_(min=LEAST_DISTANCE**2).sqrt_()
+                fill_distances(found, queries[:, rows], targets, of_queries[:, rows], of_targets)
             total += self._set_own(found, rows, LEAST_DISTANCE).sum(1)
             self._set_own(found, rows, math.inf)  # how far the mask puts them depends on the length, which is not known yet
             torch.amin(found, dim=2, keepdim=True, out=self.nearest_target[part, rows])

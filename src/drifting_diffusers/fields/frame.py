@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels import LEAST_DISTANCE, in_float, pairwise_distance, undisturbed
+from ..kernels import LEAST_DISTANCE, distances, in_float, undisturbed
 from ..schedules import Scheduled
 from ..shapes import Float
 from .choices import check_choice as check_choice
@@ -27,6 +27,8 @@ from .protocol import Drift, Mean, batch_mean, own_of
 
 BLOCK = 2**24
 """Entries of the largest [queries, targets] block that a force is computed in: 64 MB in float32, whatever the number of samples."""
+BLOCK_ON_CPU = 2**20
+"""The same on a processor, where small blocks stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Problems:
     @cached_property
     def distance(self) -> Float[Tensor, "b n t"]:
         """Distances to the targets (negatives, positives), computed once. Queries are exactly `LEAST_DISTANCE` from themselves."""
-        found = pairwise_distance(self.x, torch.cat([self.negatives, self.positives], dim=1))
+        found = distances(self.x, torch.cat([self.negatives, self.positives], dim=1))
         return self.set_own(found, LEAST_DISTANCE)
 
     @property
@@ -96,15 +98,19 @@ class Problems:
     def parts(self) -> Iterator[tuple[slice, "Problems"]]:
         """Some problems at a time, whole, in blocks that stay small."""
         b, n, targets = len(self.x), self.x.shape[1], self.negatives.shape[1] + self.positives.shape[1]
-        size = max(1, BLOCK // max(1, n * targets))
+        size = max(1, self._block // max(1, n * targets))
         for i in range(0, b, size):
             part = slice(i, min(i + size, b))
             yield part, (self if size >= b else self._cut(part, slice(None)))
 
+    @property
+    def _block(self) -> int:
+        return BLOCK_ON_CPU if self.x.device.type == "cpu" else BLOCK
+
     def rows(self) -> Iterator[tuple[slice, "Problems"]]:
         """Some queries of all these problems at a time, in blocks that stay small."""
         b, n, targets = len(self.x), self.x.shape[1], self.negatives.shape[1] + self.positives.shape[1]
-        size = max(1, BLOCK // max(1, b * targets))
+        size = max(1, self._block // max(1, b * targets))
         for i in range(0, n, size):
             rows = slice(i, min(i + size, n))
             yield rows, (self if size >= n else self._cut(slice(None), rows))
