@@ -80,7 +80,7 @@ def compare(pairs: Sequence[Pair], mean: Mean) -> list[tuple[Tensor, Drift] | No
     finish_together(calls, mean, (NonFinite,))
     found = {}
     for group, call in zip(groups, calls, strict=True):
-        results: Any = [_alone(pair, batch_mean) for pair in group] if call.error else _split(*call.result, call.sizes)
+        results: Any = [_alone(pair, batch_mean) for pair in group] if call.error else _split(call.result, call.sizes)
         if call.error and not any(isinstance(result, NonFinite) for result in results):  # another process's
             results = [call.error] * len(group)
         found |= {pair.name: result for pair, result in zip(group, results, strict=True)}
@@ -122,8 +122,9 @@ def _stages(group: Sequence[Pair]) -> Any:
     )
 
 
-def _split(loss: Tensor, drift: Drift, sizes: tuple[int, ...]) -> list[tuple[Tensor, Drift]]:
+def _split(result: tuple[Tensor, Drift], sizes: tuple[int, ...]) -> list[tuple[Tensor, Drift]]:
     """Of each feature: its losses, and its means, which all of its problems have."""
+    loss, drift = result
     if len(sizes) == 1:
         return [(loss, drift)]
     parts = zip(

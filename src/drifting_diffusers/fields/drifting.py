@@ -135,7 +135,8 @@ class DriftingField(FramedField):
         return (yield totals, weights)
 
     def _engine(self, sides: Sides) -> Engine:
-        device, choices = sides.queries.device, (tuple(self.temperatures), self.affinity_floor, self.self_mask)
+        device = sides.queries.device
+        choices: Any = (tuple(self.temperatures), self.affinity_floor, self.self_mask)
         on_cuda = device.type == "cuda" and sides.dtype == torch.float32 and available(device)
         if self.backend == "triton" or (self.backend == "auto" and on_cuda):
             from .triton_engine import TritonEngine
