@@ -13,7 +13,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 COMMANDS = {
-    "field": "OMP_NUM_THREADS=1 python benchmarks/field.py --json docs/results/performance/field.json",
+    "field": "OMP_NUM_THREADS=1 python benchmarks/field.py --peers FOLDER --json docs/results/performance/field.json",
     "train_step": "OMP_NUM_THREADS=1 python benchmarks/train_step.py --json docs/results/performance/train_step.json",
     "inference": "OMP_NUM_THREADS=1 python benchmarks/inference.py --json docs/results/performance/inference.json",
     "input": "OMP_NUM_THREADS=1 python benchmarks/input.py --json docs/results/performance/input.json",
@@ -30,14 +30,14 @@ class Goal:
         goal: the number, at most or at least.
         better: "lower" or "higher".
         unit: of the number.
-        found: a pattern in the names of measured rows that this one is, as "step | part | row".
+        found: a pattern in the names of the measured rows that it is, as "step | part | row"; its own name if not given.
     """
 
     row: str
     goal: float
     better: str
     unit: str
-    found: str
+    found: str = ""
 
 
 SHAPES = {
@@ -51,12 +51,12 @@ BESIDE = (("plain path / ours", "higher"), ("drift-models 0.1.1 / ours", "higher
 PROMISED: dict[str, list[Goal]] = {
     "field": [
         *(
-            Goal(f"[{shape}]: {what}", goal, better, "times", "")
+            Goal(f"[{shape}]: {what}", goal, better, "times")
             for shape, goals in SHAPES.items()
             for (what, better), goal in zip((*BESIDE, ("extra memory, ours / plain", "lower")), goals, strict=True)
         ),
-        Goal("[64, 64/64/16, 256]: CPU time / the reference compiled by XLA", 0.6, "lower", "times", ""),
-        Goal("[1, 1024/1024/0, 1024]: CPU time / the reference compiled by XLA", 0.6, "lower", "times", ""),
+        Goal("[64, 64/64/16, 256]: CPU time / the reference compiled by XLA", 0.6, "lower", "times"),
+        Goal("[1, 1024/1024/0, 1024]: CPU time / the reference compiled by XLA", 0.6, "lower", "times"),
     ],
     "train_step": [
         Goal("frozen encoder, forward and backward / trainable", 0.70, "lower", "times", "encoder frozen"),
@@ -142,8 +142,7 @@ def promised_rows(part: str, found: Mapping[str, Any] | None) -> list[dict[str, 
     rows = uniform(found) if found else []
     names = [" | ".join(str(row.get(key, "")) for key in ("step", "part", "row")) for row in rows if row["goal"] is not None]
     for goal in PROMISED[part]:
-        there = found is not None if not goal.found else any(re.search(goal.found, name) for name in names)
-        if not there:
+        if not any(re.search(goal.found or re.escape(goal.row), name) for name in names):
             rows.append(
                 {"row": goal.row, "goal": goal.goal, "better": goal.better, "unit": goal.unit, "value": None, "noise": None, "note": ""}
             )
