@@ -120,8 +120,8 @@ def overview(preset: "Preset") -> str:
     if preset.reported is None:
         return f"{preset.data}; no result is reported"
     numbers = ", ".join(f"{name} {value:g}" for name, value in preset.reported.items())
-    where = "; ".join(part for part in (preset.source, preset.hardware, preset.memory) if part)
-    return f"{preset.data}; reported: {numbers}" + (f" ({where})" if where else "")
+    where = "; ".join(part for part in (preset.source, preset.hardware) if part)
+    return f"{preset.data}; reported: {numbers}" + (f" ({where})" if where else "") + (f"; {preset.memory}" if preset.memory else "")
 
 
 def sections_of(kind: Any) -> list[tuple[str, list[str]]]:

@@ -67,6 +67,8 @@ class TrainingLoop:
         if config.allow_tf32:
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.allow_tf32 = True
+        # over all problems of a step, whoever holds them
+        self._mean: Mean = batch_mean if self.accelerator.num_processes == 1 else self._mean_of_processes
         self.events = Events(config, callbacks, main=self.accelerator.is_main_process)
         self.step = self.skipped = self.overflows = 0
         self.seconds = 0.0  # of training, evaluations and checkpoints included, before and after every resume
@@ -345,11 +347,6 @@ class TrainingLoop:
             return flag
         flags = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
         return bool(flags > 0)  # pyright: ignore[reportOperatorIssue]
-
-    @property
-    def _mean(self) -> Mean:
-        """Over all problems of a step, whoever holds them."""
-        return batch_mean if self.accelerator.num_processes == 1 else self._mean_of_processes
 
     def _mean_of_processes(self, totals: Tensor, weights: Tensor) -> Tensor:
         """In one message."""
