@@ -128,7 +128,7 @@ def compiled(function, products: str, keep: bool, capability: int):
         return "i32" if name in ("own", "problems", "first", "count", "targets", "tile0", "tiles") or len(name) <= 2 else "*fp32"
 
     kinds = {name: kind(name) for name in function.arg_names}
-    strides = lambda name: name == "d" or len(name) == 2
+    strides = lambda name: name == "d" or (kinds[name] == "i32" and len(name) == 2)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if kinds[name][0] == "*" or strides(name)}
     constants = {(i,): choices[name] for i, name in enumerate(function.arg_names) if name in choices}
     options = {"num_warps": 8, "enable_fp_fusion": True}
