@@ -294,7 +294,7 @@ def test_many_images_are_not_decoded_at_once(monkeypatch):
     seen, plain = [], pipe.vae.decode
     pipe.vae.decode = lambda latents, **kwargs: seen.append(len(latents)) or plain(latents, **kwargs)
     pipe(0, num_images_per_label=9, output_type="pt")
-    per_image = 4 * 8 * 8 * 8 * 4  # four maps of eight channels in float32
+    per_image = 6 * 8 * 8 * 8 * 4  # six maps of eight channels in float32
     monkeypatch.setattr("drifting_diffusers.pipeline.DECODER_MEMORY", 4 * per_image)
     pipe(0, num_images_per_label=9, output_type="pt")
     assert seen == [9, 4, 4, 1]
