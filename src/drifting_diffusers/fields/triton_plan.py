@@ -12,7 +12,7 @@ from ..shapes import Float
 
 WHOLE = 5 * 2**12
 """Entries, padded to powers of two, that a program holds in registers at most, 64 queries and 320 targets or 128 and 160. Compiled for compute capability
-9.0, 64 by 144 spill at most 0.8 KB a thread, 128 by 272 spill 4.6 KB."""
+9.0, 64 by 144 spill at most 1.1 KB a thread, 128 by 272 spill 4.6 KB."""
 
 SHARED = 160 * 1024
 """Bytes of shared memory that a block may ask for on the GPUs that the larger tiles are for (8.0, 9.0, 10.0); others have about 100 KB."""
