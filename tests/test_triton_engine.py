@@ -2,9 +2,7 @@
 a process of their own, because `TRITON_INTERPRET` must be set before Triton is imported and holds for the whole process.
 """
 
-import importlib
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from triton_reference import Reference, relative, samples, some_masses
 
 from drifting_diffusers.fields import DriftingField
 
@@ -67,136 +66,6 @@ def test_the_engine_in_the_interpreter_at_size():
     interpret("slow and not gpu", 3500)
 
 
-@in_process
-def test_without_triton_or_a_gpu_it_says_so(monkeypatch):
-    from drifting_diffusers.fields import triton_plan
-    from drifting_diffusers.fields.triton_engine import TritonEngine
-
-    x = torch.zeros(1, 16, 16)
-    if not MISSING:
-        assert not triton_plan.available("cpu")
-        with pytest.raises(ValueError, match="got cpu; take another engine"):
-            TritonEngine(x, (x,), 16, 16, None, (0.2,), 0.0, 100.0)
-    monkeypatch.setattr(triton_plan.util, "find_spec", lambda name: None)
-    assert not triton_plan.available("cuda")
-    with pytest.raises(ImportError, match="pip install triton"):
-        TritonEngine(x, (x,), 16, 16, None, (0.2,), 0.0, 100.0)
-
-
-def benchmark(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks/field_gpu.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=800)
-
-
-@in_process
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-def test_the_benchmark_says_that_it_needs_a_gpu(tmp_path):
-    done = benchmark("--small", "--json", str(tmp_path / "found.json"))
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("here is none.")
-    assert not list(tmp_path.iterdir())
-
-
-@in_process
-@pytest.mark.gpu
-@needs_triton
-def test_the_benchmark_runs(device, tmp_path):
-    done = benchmark("--small", "--json", str(tmp_path / "found.json"))
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
-    assert sum("floor" in row["row"] for row in rows) == 2
-
-
-# -- the compiler, which needs no GPU: what the interpreter takes may still be no program for one
-
-
-COMPILED = {
-    "triton_kernels": ("whole_measure", "whole_forces", "whole_velocity"),
-    "triton_tiles": ("tile_distances", "tile_sums", "tile_forces", "tile_velocity"),
-}
-SIZES = {"N": 64, "T0": 64, "T1": 16, "T2": 64, "T": 64, "D": 32, "R": 3}
-
-
-def compiled(function, products: str, keep: bool, capability: int):
-    """A kernel as machine code for a GPU of this compute capability."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    samples = "*bf16" if products == "bf16" else "*fp32"
-    choices = SIZES | {"PRODUCTS": products, "KEEP": keep, "WEIGHTED": keep}
-
-    def kind(name: str) -> str:
-        if name in choices:
-            return "constexpr"
-        if name in ("x", "y", "y0", "y1", "y2"):
-            return samples
-        if name in ("floor", "self_mask"):
-            return "fp32"
-        return "i32" if name in ("own", "problems", "first", "count", "targets", "tile0", "tiles") or len(name) <= 2 else "*fp32"
-
-    kinds = {name: kind(name) for name in function.arg_names}
-    strides = lambda name: name == "d" or (kinds[name] == "i32" and len(name) == 2)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if kinds[name][0] == "*" or strides(name)}
-    constants = {(i,): choices[name] for i, name in enumerate(function.arg_names) if name in choices}
-    options = {"num_warps": 8, "enable_fp_fusion": True}
-    return triton.compile(ASTSource(function, kinds, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options)
-
-
-@in_process
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("products", ["ieee", "tf32x3", "bf16"])
-@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in COMPILED.items() for name in names])
-def test_kernels_compile_for_gpus(module, name, products, tmp_path, monkeypatch):
-    from drifting_diffusers.fields.triton_plan import SHARED
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(importlib.import_module(f"drifting_diffusers.fields.{module}"), name)
-    for capability, keep in ((80, False), (90, True)):
-        found = compiled(function, products, keep, capability)
-        assert found.asm["cubin"]
-        assert found.metadata.shared <= SHARED
-        if products == "bf16" and "sums" not in name:
-            assert ("wgmma" if capability == 90 else "mma.sync") in found.asm["ptx"]  # tensor cores
-
-
-# -- what is right: float64, as the equations stand
-
-
-class Reference:
-    """The three stages, and the sums that they are made of."""
-
-    def __init__(self, x, targets, own, negatives, masses, temperatures, floor, self_mask):
-        y = torch.cat([t.double() for t in targets], dim=1)
-        centre = y.mean(1, keepdim=True)
-        self.y, self.negatives, self.temperatures, self.floor, self.self_mask = y - centre, negatives, temperatures, floor, self_mask
-        self.masses = y.new_ones(y.shape[:2]) if masses is None else masses.double()
-        self.distance = torch.cdist(x.double() - centre, self.y, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-4)
-        self.distance[:, range(own), range(own)] = 1e-4
-        self.own = own
-
-    def measure(self) -> tuple[Tensor, Tensor]:
-        return (self.distance * self.masses[:, None]).sum((1, 2)), self.distance.shape[1] * self.masses.sum(1)
-
-    def force(self, length: Tensor, tau: float) -> Tensor:
-        logits = -self.distance / length.double().reshape(-1, 1, 1)
-        logits[:, range(self.own), range(self.own)] -= self.self_mask
-        log_a = ((logits / tau).log_softmax(2) + (logits / tau).log_softmax(1)) / 2
-        a, m = log_a.exp().clamp(min=self.floor) * self.masses[:, None], self.negatives
-        attraction = (a[..., m:] * a[..., :m].sum(-1, keepdim=True)) @ self.y[:, m:]
-        return attraction - (a[..., :m] * a[..., m:].sum(-1, keepdim=True)) @ self.y[:, :m]
-
-    def forces(self, length: Tensor) -> Tensor:
-        return torch.stack([self.force(length, tau) for tau in self.temperatures])
-
-
-def relative(found: Tensor, right: Tensor) -> float:
-    """Below 1e-30 float32 has no digits: what should be 1e-70 is 0."""
-    return ((found.double().to(right.device) - right).norm() / right.norm().clamp(min=1e-30)).item()
-
-
 # -- the engine, where it runs
 
 
@@ -218,22 +87,6 @@ def tiles(rows: int, columns: int, dimensions: int):
 def big_tiles():
     """In the interpreter it is programs that cost time, more than their size."""
     return tiles(256, 512, 128) if INTERPRETED else None
-
-
-def samples(b: int, n: int, m: int, p: int, d: int, own: int, offset: float = 0.0, seed: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Queries, and targets of which `own` are the queries, m repel beside them and p attract."""
-    rng = torch.Generator().manual_seed(seed)
-    normal = lambda k, shift: torch.randn(b, k, d, generator=rng) + shift + offset
-    x, negatives, positives = normal(n, 0.2), normal(m, 0.0), normal(p, -0.1)
-    return x, (*((x if own == n else x[:, :own],) if own else ()), *((negatives,) if m else ()), positives)
-
-
-def some_masses(targets: tuple[Tensor, ...], seed: int = 1) -> Tensor:
-    b, t = len(targets[0]), sum(points.shape[1] for points in targets)
-    masses = 3 * torch.rand(b, t, generator=torch.Generator().manual_seed(seed))
-    if t > 2:
-        masses[:, t // 2] = 0  # present, and weightless
-    return masses
 
 
 def compare(device, x, targets, own, masses, temperatures, floor, tolerance, self_mask=100.0, **choices) -> None:
