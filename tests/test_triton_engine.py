@@ -342,9 +342,8 @@ class TestStress:
     def test_all_choices(self, name, temperatures, floor, device):
         b, n, m, p, d, own = SHAPES[name]
         x, targets = samples(b, n, m, p, d, own)
-        for masses in (None, some_masses(targets)):
-            compare(device, x, targets, own, masses, temperatures, floor, 1e-5)
-            compare(device, x, targets, own, masses, temperatures, floor, 1e-5, plan=tiles(16, 32, 32))
+        compare(device, x, targets, own, None, temperatures, floor, 1e-5)
+        compare(device, x, targets, own, some_masses(targets), temperatures, floor, 1e-5, plan=tiles(16, 32, 32))
 
 
 @contextmanager
