@@ -36,6 +36,7 @@ NOT_RUN = {
     ("how-to/push.md", "needs the Hub"): "pushes and pulls; test_hub.py does, on 127.0.0.1",
     ("how-to/deploy.md", "needs a running demo"): "the demo's own tests speak with it",
     ("how-to/deploy.md", "needs a GPU"): "there is none here",
+    ("how-to/inference.md", "needs a GPU"): "there is none here",
 }
 """Blocks that are shown and not run, by page and the caption that readers see, and why."""
 
@@ -122,6 +123,7 @@ SHOWN = {
     ),
     "how-to/evaluate.md": lambda names, folder: names["results"]["metrics"]["energy"] > 0,
     "how-to/deploy.md": lambda names, folder: names["png"]("dress", 3) != names["png"]("dress", 4),
+    "how-to/inference.md": lambda names, folder: len(names["images"]) == 16 and names["drawn"].shape == (8, 3, 8, 8),
 }
 """What the blocks of a page must have shown when they are through."""
 

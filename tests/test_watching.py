@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from test_trainer import images, one_accelerator_per_test, tiny_generator, trainer
 from torch import nn
 from torch.testing import assert_close
@@ -45,6 +46,17 @@ def test_an_extractor_is_looked_through_by_the_same_functions(images, tmp_path):
     by_hand = compare((see(drawn), labels[~reference]), (see(x[reference]), labels[reference]), (see(x[~reference]), labels[~reference]))
     for name, value in by_hand.items():
         assert found[name] == pytest.approx(value, rel=1e-6)
+
+
+def test_previews_are_no_numbers_of_an_evaluation(images, tmp_path):
+    config, tiny = (
+        DriftingConfig(output_dir=str(tmp_path / "run")),
+        AutoencoderTiny(),
+    )
+    for numbers in ({"extractor": Means()}, {"compute_metrics": lambda x, y: {}}):
+        with pytest.raises(ValueError, match="got an AutoencoderTiny"):
+            DriftingTrainer(tiny_generator(), DriftingObjective(Pixels()), images, config, vae=tiny, **numbers)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_best_weights_are_those_of_the_best_evaluation(images, tmp_path):

@@ -62,11 +62,7 @@ class PipelineSamples:
     def __init__(self, pipeline: DriftingPipeline, num_samples: int, *, seed: int = 0, guidance_scale: float | None = None):
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        if isinstance(getattr(pipeline.vae, "_orig_mod", pipeline.vae), AutoencoderTiny):
-            raise ValueError(
-                "numbers are measured through the decoder that the latents were made for, got an AutoencoderTiny, whose images are approximate "
-                "previews: load the pipeline with the AutoencoderKL of its training, as in from_pretrained(..., vae=AutoencoderKL.from_pretrained(...))"
-            )
+        refuse_previews(pipeline.vae)
         self.pipeline, self.num_samples, self.seed = pipeline, num_samples, seed
         self.guidance_scale = float(pipeline.config.guidance_scale if guidance_scale is None else guidance_scale)
         classes = pipeline.transformer.config.num_classes
@@ -123,6 +119,19 @@ class DatasetSamples:
             "channels": self.data.channels,
             "resize": "shorter side, Lanczos; centre crop",
         }
+
+
+def refuse_previews(vae: Any) -> None:
+    """Refuse to measure through a decoder that approximates.
+
+    Raises:
+        ValueError: for an `AutoencoderTiny`.
+    """
+    if isinstance(getattr(vae, "_orig_mod", vae), AutoencoderTiny):
+        raise ValueError(
+            "numbers are measured through the decoder that the latents were made for, got an AutoencoderTiny, whose images are approximate "
+            "previews: load the pipeline with the AutoencoderKL of its training, as in from_pretrained(..., vae=AutoencoderKL.from_pretrained(...))"
+        )
 
 
 def processes() -> PartialState:

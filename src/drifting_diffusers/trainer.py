@@ -31,6 +31,7 @@ from .loop import COUNTS, TrainingLoop
 from .objective import DriftingObjective
 from .pipeline import DriftingPipeline
 from .runs import RunFolder
+from .sampling import refuse_previews
 from .services import repository_of, track_images
 from .shapes import Float, Int
 from .steps import Step, in_one_pass, in_two_passes
@@ -81,6 +82,8 @@ class DriftingTrainer(TrainingLoop):
         config = dataclasses.replace(config, field=objective.settle_field(config.field))  # a run says what it does
         super().__init__(config, callbacks)
         self.objective, self.vae = objective, vae
+        if extractor is not None or compute_metrics is not None:
+            refuse_previews(vae)
         self._model_config = generator.config
         _check_generator(generator, config)
         objective.try_field(config.generated_per_label, config.positives_per_label, config.unconditional_per_label)
