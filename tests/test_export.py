@@ -122,7 +122,7 @@ def test_onnxruntime_draws_what_the_pipeline_draws(tmp_path, name):
 def test_a_program_draws_what_the_pipeline_draws(tmp_path, name):
     pipe = pipeline(**GENERATORS[name])
     done = export_program(pipe, tmp_path / "a.pt2")
-    assert done.max_error == 0
+    assert done.max_error < 1e-6  # the program has the formulas as they read, drawing those of fewer passes
     for batch in (1, 3, 8):
         inputs = OneCall(pipe, ExportChoices()).random_inputs(batch, seed=batch + 10)
         assert_close(by_torch(done.file, inputs), signed(drawn(pipe, "pt", inputs)), atol=1e-6, rtol=0)
