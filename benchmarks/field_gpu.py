@@ -190,6 +190,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def told(words: Sequence[str] | None) -> dict[str, Any]:
+    """What was run, when and where."""
+    return {
+        "command": " ".join(["python", "benchmarks/field_gpu.py", *(words if words is not None else sys.argv[1:])]).partition(" --json")[0],
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -213,15 +223,9 @@ def main(words: Sequence[str] | None = None) -> int:
         for dtype, products in kinds if shape.source == "goals" else kinds[:1]:
             rows += measured(shape, dtype, products, options, speed)
             torch.cuda.empty_cache()
+        if options.json:  # after every shape: what was found stays, if a later one is stopped
+            options.json.write_text(json.dumps(told(words) | {"rows": rows}, indent=1) + "\n")
     print(table(rows))
-    if options.json:
-        command = " ".join(["python", "benchmarks/field_gpu.py", *(words if words is not None else sys.argv[1:])]).partition(" --json")[0]
-        found = {
-            "command": command,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": torch.cuda.get_device_name(),
-        }
-        options.json.write_text(json.dumps(found | {"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -378,11 +378,14 @@ def main() -> None:
         for part in options.only:
             PARTS[part](bench)
             print(f"\n### {part}\n\n{table([row for row in bench.rows if row['part'] == part])}", flush=True)
-    if options.json:
-        command = " ".join(["OMP_NUM_THREADS=1", "python", "benchmarks/inference.py", *sys.argv[1:]]).partition(" --json")[0]
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        found = {"command": command, "date": date, "machine": machine(bench), "torch": torch.__version__, "rows": bench.rows}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+            if options.json:  # after every part: what was found stays, if a later one is stopped
+                options.json.write_text(json.dumps(told(bench), indent=1) + "\n")
+
+
+def told(bench: Bench) -> dict[str, Any]:
+    command = " ".join(["OMP_NUM_THREADS=1", "python", "benchmarks/inference.py", *sys.argv[1:]]).partition(" --json")[0]
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"command": command, "date": date, "machine": machine(bench), "torch": torch.__version__, "rows": bench.rows}
 
 
 if __name__ == "__main__":

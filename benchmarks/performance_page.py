@@ -199,7 +199,7 @@ def of_training(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             "noise": noise,
         }
     )
-    return rows + [
+    rows += [
         {
             "part": "passes",
             "row": f"{preset}: {row['labels_per_microbatch']} labels at once: time / all at once",
@@ -209,6 +209,7 @@ def of_training(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         for row in found["passes"]
         if row["labels_per_microbatch"]
     ]
+    return [row for row in rows if row.get("goal") is not None] if found.get("tables") else rows  # the rest stands in the tables
 
 
 def verdict(row: Mapping[str, Any]) -> str:

@@ -19,10 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
-from PIL import Image as PILImage
+from noise import Noise, noise_images
 
 from drifting_diffusers import DriftingConfig, DriftingGenerator, DriftingObjective, DriftingTrainer, MaskedAutoencoder
 from drifting_diffusers.classifiers import SmallClassifier
@@ -71,32 +69,6 @@ class Clock:
 
     def _status(self, key: str) -> float:
         return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1000
-
-
-class Noise(RealSamples):
-    """Latents of noise, some of every class."""
-
-    def __init__(self, classes: int, each: int, channels: int, size: tuple[int, int]):
-        self.labels, self.size, self.channels, self.names = np.arange(classes * each) % classes, size, channels, None
-
-    def gather(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = lambda row: torch.Generator().manual_seed(int(row))
-        return torch.stack([torch.randn(self.channels, *self.size, generator=rng(row)) for row in rows]), torch.as_tensor(
-            self.labels[list(rows)]
-        )
-
-    def varied(self, rows: Any, seeds: Any, *, flip: bool) -> torch.Tensor:
-        return self.gather(rows)[0]
-
-
-def noise_images(classes: int, each: int, channels: int, size: tuple[int, int]) -> Dataset:
-    """Images of noise, so that they are decoded and read as others are."""
-    shape = (classes * each, *size, channels) if channels > 1 else (classes * each, *size)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    features = Features({"image": Image(), "label": ClassLabel(num_classes=classes)})
-    return Dataset.from_dict(
-        {"image": [PILImage.fromarray(p) for p in pixels], "label": [i % classes for i in range(len(pixels))]}, features=features
-    )
 
 
 # -- each saving alone
@@ -403,9 +375,8 @@ def main(argv: list[str] | None = None) -> None:
         "passes": passes(arguments) if arguments.only in (None, "passes") else [],
     }
     report["rows"] = [*report["savings"], *report["step"]["parts"], *report["passes"]]
-    print(
-        f"\n{report['machine']}, torch {report['torch']}, {torch.get_num_threads()} thread(s), {report['date']}\n\n{tables(report, arguments)}"
-    )
+    report["tables"] = [tables(report, arguments)]
+    print(f"\n{report['machine']}, torch {report['torch']}, {torch.get_num_threads()} thread(s), {report['date']}\n\n{report['tables'][0]}")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2))
 

@@ -79,9 +79,11 @@ def test_no_saving_changes_anything(savings, masses):
 
 
 def test_savings_are_what_these_shapes_would_take():
-    x, p, q, _ = clouds(d=64)
-    assert TorchEngine(Sides(x, (x, q, p), 16, own=12), (0.1,), 0.0, 1.0).gram
-    assert not TorchEngine(Sides(x[..., :8], (x[..., :8], p[..., :8]), 12, own=12), (0.1,), 0.0, 1.0).gram
+    x, p, _, _ = clouds(d=128)
+    temperatures = (0.02, 0.05, 0.2)
+    assert TorchEngine(Sides(x, (x, p), 12, own=12), temperatures, 0.0, 1.0).gram
+    assert not TorchEngine(Sides(x[..., :8], (x[..., :8], p[..., :8]), 12, own=12), temperatures, 0.0, 1.0).gram
+    assert not TorchEngine(Sides(x, (x, p), 12, own=12), (0.1,), 0.0, 1.0).gram  # one temperature: nothing to share the products of targets
     assert not TorchEngine(Sides(x, (x, p), 12, own=12), (0.1,), 0.0, 1.0, chunk=50, block=50).whole
 
 

@@ -32,10 +32,6 @@ from .softmaxes import Softmaxes, exponents_of
 
 BLOCK = 2**19
 """Entries of some rows of a huge problem: products with few rows waste what a processor can do."""
-KEPT = 2**22
-"""Numbers of centred targets that are kept between stages; more are centred again."""
-GRAM_FROM = 1.5
-"""Dimensions per target from which the Gram matrix needs fewer operations."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ class TorchEngine:
         floor: the least affinity, before the masses.
         self_mask: added to the distance of a query to itself, in lengths.
         one_exponential: whether to save the second one where that is exact. It looks at values, so a GPU would wait: not given, on a CPU alone.
-        gram: whether squares are taken from the Gram matrix; not given, where that is less work.
+        gram: whether squares are taken from the Gram matrix; not given, where that is no more work.
         chunk: entries of a chunk; a problem of more is taken in blocks of rows.
         block: entries of a block of rows.
     """
@@ -132,11 +128,10 @@ class TorchEngine:
         self.at_once = max(1, chunk // entries)  # problems
         self.whole = entries <= max(chunk, block)
         self.rows_at_once = self.n if self.whole else max(1, block // self.t)
-        self.gram = self.whole and (self.d > GRAM_FROM * self.t if gram is None else gram)
+        self.gram = self.whole and (self._gram_is_less() if gram is None else gram)
         self.dtype = sides.dtype
         self._buffers: dict[str, Tensor] = {}
-        self._all_targets: Tensor | None = self._new(self.b, self.t, self.d) if self.b * self.t * self.d <= KEPT else None
-        self._centred: set[int] = set()
+        self._centred: slice | None = None  # the problems whose targets are in their buffer
 
     # -- stages
 
@@ -177,7 +172,9 @@ class TorchEngine:
 
     def _distances(self, part: slice) -> Float[Tensor, "c t"]:
         """Distances of some problems and the nearest of every row and column; returns their sums over queries."""
-        targets, sides = self._targets(part, first=True), self.sides
+        sides = self.sides
+        self.centre[part] = sum(points[part].sum(dim=1, keepdim=True, dtype=self.dtype) for points in sides.targets) / self.t
+        targets = self._targets(part)
         mine = sides.targets[0] is sides.queries  # own pairs may lie apart: a wrapper may move queries and not negatives
         queries = targets[:, : self.n] if mine else sides.queries[part] - self.centre[part]
         products = None if self.products is None else torch.bmm(targets, targets.mT, out=self.products[part])
@@ -198,20 +195,16 @@ class TorchEngine:
             nearest.copy_(torch.minimum(nearest, found.amin(dim=1, keepdim=True)))
         return total
 
-    def _targets(self, part: slice, first: bool = False) -> Float[Tensor, "c t d"]:
-        """The targets of some problems, centred."""
-        if self._all_targets is not None and not first:
-            return self._all_targets[part]
-        if first:
-            centre = sum(points[part].sum(dim=1, keepdim=True, dtype=self.dtype) for points in self.sides.targets)
-            self.centre[part] = centre / self.t
+    def _targets(self, part: slice) -> Float[Tensor, "c t d"]:
+        """The targets of some problems, centred, in memory that is used again: to centre them once more costs less than fresh memory."""
         found = self._buffer("targets", self.at_once, self.t, self.d)[: part.stop - part.start]
-        found = found if self._all_targets is None else self._all_targets[part]
-        begin = 0
-        for points in self.sides.targets:
-            end = begin + points.shape[1]
-            torch.sub(points[part], self.centre[part], out=found[:, begin:end])
-            begin = end
+        if self._centred != part:
+            begin = 0
+            for points in self.sides.targets:
+                end = begin + points.shape[1]
+                torch.sub(points[part], self.centre[part], out=found[:, begin:end])
+                begin = end
+            self._centred = part
         return found
 
     # -- forces
@@ -267,6 +260,11 @@ class TorchEngine:
         return squares
 
     # -- pieces
+
+    def _gram_is_less(self) -> bool:
+        """Products of all targets, squares and the velocity, t^2 d + r n t^2 + n t d, beside distances and forces, n t d + r n t d."""
+        n, t, d, r = self.n, self.t, self.d, len(self.exponents)
+        return t * d + r * n * t + n * d <= (1 + r) * n * d
 
     def _parts(self) -> Iterator[slice]:
         return (slice(i, min(i + self.at_once, self.b)) for i in range(0, self.b, self.at_once))
