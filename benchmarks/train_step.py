@@ -10,6 +10,7 @@ than the preset's (--labels) is scaled up, and marked. Banks hold 128 samples pe
 import argparse
 import ctypes
 import json
+import math
 import platform
 import sys
 import tempfile
@@ -38,10 +39,15 @@ SMALL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
 
 
 class Clock:
-    """Seconds and peak memory of what is called."""
+    """Seconds of what is called, or its peak of memory: one at a time, because a peak is seen where memory was given back before, and taking it again costs time.
 
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+    Args:
+        device: where it runs.
+        memory: whether the peak is looked at.
+    """
+
+    def __init__(self, device: torch.device, memory: bool = False):
+        self.cuda, self.memory = device.type == "cuda", memory
 
     def now(self) -> float:
         if self.cuda:
@@ -49,12 +55,18 @@ class Clock:
         return time.perf_counter() if self.cuda else time.process_time()
 
     def __call__(self, work: Callable[[], Any]) -> tuple[float, float]:
-        """Seconds, and megabytes at the peak above what was there before."""
-        before, started = self._reset_peak(), self.now()
+        """Seconds, and megabytes at the peak above what was there before; infinity or 0 for what is not looked at."""
+        if self.memory:
+            before = self._reset_peak()
+            found = work()
+            peak = self._peak() - before
+            del found
+            return math.inf, max(0.0, peak)
+        started = self.now()
         found = work()
-        seconds, peak = self.now() - started, self._peak() - before
+        seconds = self.now() - started
         del found
-        return seconds, max(0.0, peak)
+        return seconds, 0.0
 
     def _reset_peak(self) -> float:
         if self.cuda:
@@ -69,6 +81,11 @@ class Clock:
 
     def _status(self, key: str) -> float:
         return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1000
+
+
+def clocks(device: torch.device, rounds: int) -> list[Clock]:
+    """One per round: a peak of memory, then times, of which the first does not count, because memory was just given back."""
+    return [Clock(device, memory=True), *[Clock(device)] * (rounds + 1)]
 
 
 # -- each saving alone
@@ -129,7 +146,7 @@ def savings(arguments: argparse.Namespace, device: torch.device) -> list[dict[st
         compile_networks(compiled.activations)
         through(compiled)
         work["compile_features: forward + backward"] = (lambda: through(plain), lambda: through(compiled))
-    return [compared(name, *pair, arguments.rounds, Clock(device)) for name, pair in work.items()]
+    return [compared(name, *pair, arguments.rounds, device) for name, pair in work.items()]
 
 
 def through_graph(encoder: MaskedAutoencoder, x: torch.Tensor) -> Any:
@@ -137,12 +154,12 @@ def through_graph(encoder: MaskedAutoencoder, x: torch.Tensor) -> Any:
     return encoder.activations(x.clone().requires_grad_())
 
 
-def compared(name: str, without: Callable, saving: Callable, rounds: int, clock: Clock) -> dict[str, Any]:
+def compared(name: str, without: Callable, saving: Callable, rounds: int, device: torch.device) -> dict[str, Any]:
     """Both, interleaved, and the first once more: how far the same work differs from itself."""
     measured: dict[str, list[tuple[float, float]]] = {"without": [], "with": [], "again": []}
     for which in (without, saving):
         which()  # warm
-    for _ in range(rounds):
+    for clock in clocks(device, rounds):
         for key, work in zip(measured, (without, saving, without), strict=True):
             measured[key].append(clock(work))
     seconds = {key: min(s for s, _ in values) for key, values in measured.items()}
@@ -240,17 +257,17 @@ def taken_apart(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(arguments, folder)
         trainer._begin()
-        clock, found = Clock(trainer.accelerator.device), {}
+        found: dict[str, tuple[float, float]] = {}
 
-        def part(name: str, work: Callable) -> Any:
+        def part(name: str, work: Callable, clock: Clock) -> Any:
             box: list[Any] = []
             seconds, peak = clock(lambda: box.append(work()))
             least, most = found.get(name, (seconds, peak))
             found[name] = min(least, seconds), max(most, peak)
             return box[0]
 
-        for _ in range(arguments.rounds + 1):
-            one_step(trainer, part)
+        for clock in clocks(trainer.accelerator.device, arguments.rounds):
+            one_step(trainer, lambda name, work, clock=clock: part(name, work, clock))
         whole = whole_steps(trainer, arguments.rounds)
         again = whole_steps(trainer, arguments.rounds)
         trainer._close()
@@ -286,9 +303,9 @@ def passes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             trainer._begin()
             trainer.training_step()
         measured: dict[int, list[tuple[float, float]]] = {size: [] for size in trainers}
-        for _ in range(arguments.rounds):
+        for clock in clocks(trainers[0].accelerator.device, arguments.rounds):
             for size, trainer in trainers.items():
-                measured[size].append(Clock(trainer.accelerator.device)(trainer.training_step))
+                measured[size].append(clock(trainer.training_step))
         for trainer in trainers.values():
             trainer._close()
     one = [min(s for s, _ in measured[0]), max(m for _, m in measured[0])]

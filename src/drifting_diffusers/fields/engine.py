@@ -132,14 +132,16 @@ class TorchEngine:
         self.dtype = sides.dtype
         self._buffers: dict[str, Tensor] = {}
         self._centred: slice | None = None  # the problems whose targets are in their buffer
+        # by the first problem of each chunk, so that what a stage needs no longer goes as it proceeds, and the next finds its memory
+        self._distance: dict[int, Tensor] = {}
+        self._products: dict[int, Tensor] = {}  # of targets, on the Gram route
+        self._made: dict[int, Tensor] = {}  # forces of each temperature; on the Gram route affinities
 
     # -- stages
 
     def measure(self) -> tuple[Tensor, Tensor]:
         b, n, t, masses = self.b, self.n, self.t, self.sides.masses
-        self.distance, self.centre = self._new(b, n, t), self._new(b, 1, self.d)
-        self.nearest_target, self.nearest_query = self._new(b, n, 1), self._new(b, 1, t)
-        self.products = self._new(b, t, t) if self.gram else None
+        self.centre, self.nearest_target, self.nearest_query = self._new(b, 1, self.d), self._new(b, n, 1), self._new(b, 1, t)
         totals = self._new(b)
         for part in self._parts():
             columns = self._distances(part)
@@ -147,43 +149,42 @@ class TorchEngine:
         return totals, totals.new_full((b,), float(n * t)) if masses is None else n * masses.sum(1)
 
     def forces(self, length: Tensor) -> Float[Tensor, "r b"]:
-        b, n, r = self.b, self.n, len(self.exponents)
-        squares = self._new(r, b)
-        self.affinities = self._new(b, r, n, self.t) if self.gram else None
-        self.force = None if self.gram else self._new(b, r, n, self.d)
+        squares = self._new(len(self.exponents), self.b)
         for part in self._parts():
             squares[:, part] = self._forces(part, self._softmaxes(part, length if length.ndim == 0 else length[part])).T
-        self.distance = self.products = None  # nobody needs them any more
         return squares
 
     def velocity(self, factors: Tensor) -> Float[Tensor, "b n d"]:
         b, n, t, r = self.b, self.n, self.t, len(self.exponents)
         factors = (factors.T if factors.ndim == 2 else factors.expand(b, r))[:, None].contiguous()  # [b, 1, r]
-        if self.affinities is None:
-            assert self.force is not None
-            return torch.bmm(factors, self.force.view(b, r, -1)).view(b, n, self.d)
         found = self._new(b, n, self.d)
         for part in self._parts():
-            together = torch.bmm(factors[part], self.affinities[part].view(-1, r, n * t)).view(-1, n, t)
-            torch.bmm(together, self._targets(part), out=found[part])
+            made = self._made.pop(part.start).view(-1, r, n * (t if self.gram else self.d))
+            if self.gram:
+                torch.bmm(torch.bmm(factors[part], made).view(-1, n, t), self._targets(part), out=found[part])
+            else:
+                torch.bmm(factors[part], made, out=found[part].view(-1, 1, n * self.d))
         return found
 
     # -- distances
 
     def _distances(self, part: slice) -> Float[Tensor, "c t"]:
         """Distances of some problems and the nearest of every row and column; returns their sums over queries."""
-        sides = self.sides
+        sides, c = self.sides, part.stop - part.start
+        distance = self._distance[part.start] = self._new(c, self.n, self.t)
         self.centre[part] = sum(points[part].sum(dim=1, keepdim=True, dtype=self.dtype) for points in sides.targets) / self.t
         targets = self._targets(part)
         mine = sides.targets[0] is sides.queries  # own pairs may lie apart: a wrapper may move queries and not negatives
         queries = targets[:, : self.n] if mine else sides.queries[part] - self.centre[part]
-        products = None if self.products is None else torch.bmm(targets, targets.mT, out=self.products[part])
+        products = torch.bmm(targets, targets.mT) if self.gram else None
+        if products is not None:
+            self._products[part.start] = products
         square = lambda points: torch.linalg.vector_norm(points, dim=-1).square_()
         of_targets = square(targets) if products is None else products.diagonal(dim1=1, dim2=2)
         of_queries = of_targets[:, : self.n] if mine else square(queries)
         total, nearest = targets.new_zeros(len(targets), self.t), self.nearest_query[part].fill_(math.inf)
         for rows in self._rows():
-            found = self.distance[part, rows]  # pyright: ignore[reportOptionalSubscript]
+            found = distance[:, rows]
             if products is not None and mine:
                 torch.add(of_queries[:, rows, None], of_targets[:, None, :], out=found)
                 found.sub_(products[:, rows], alpha=2).clamp_(min=LEAST_DISTANCE**2).sqrt_()
@@ -212,7 +213,7 @@ class TorchEngine:
     def _softmaxes(self, part: slice, length: Tensor) -> Softmaxes:
         c, r = part.stop - part.start, len(self.exponents)
         return Softmaxes(
-            self.distance[part],  # pyright: ignore[reportOptionalSubscript]
+            self._distance.pop(part.start),
             self.nearest_target[part],
             self.nearest_query[part],
             own=self.sides.own,
@@ -222,9 +223,9 @@ class TorchEngine:
             widest=self.widest,
             exponents=self.exponents,
             rows=self._rows(),
-            out=self._buffer("affinities", self.at_once, r, self.rows_at_once, self.t)[:c]
-            if self.affinities is None
-            else self.affinities[part],
+            out=self._new(c, r, self.n, self.t)
+            if self.gram
+            else self._buffer("affinities", self.at_once, r, self.rows_at_once, self.t)[:c],
             one_exponential=self.one_exponential,
             buffer=self._buffer,
         )
@@ -232,7 +233,9 @@ class TorchEngine:
     def _forces(self, part: slice, softmaxes: Softmaxes) -> Float[Tensor, "c r"]:
         """The forces of some problems, or what they are made from, and the sums of their squares."""
         c, r, m = part.stop - part.start, len(self.exponents), self.sides.negatives
-        targets = self._targets(part) if self.affinities is None else None
+        products = self._products.pop(part.start) if self.gram else None
+        targets = None if self.gram else self._targets(part)
+        made = self._made[part.start] = softmaxes.out if self.gram else self._new(c, r, self.n, self.d)
         squares = self._new(c, r).zero_()
         for rows in self._rows():
             found = softmaxes.affinities(rows)
@@ -244,14 +247,13 @@ class TorchEngine:
             repulsion, attraction = negative.sum(-1, keepdim=True), positive.sum(-1, keepdim=True)
             negative.mul_(attraction.neg_())  # both sides carry the same total mass, so the terms in x cancel
             positive.mul_(repulsion)
-            if targets is None:
-                assert self.products is not None
+            if products is not None:
                 flat = found.view(c, -1, self.t)
-                force = torch.bmm(flat, self.products[part]).mul_(flat)
+                force = torch.bmm(flat, products).mul_(flat)
                 squares += force.view(c, r, -1).sum(-1)
                 continue
-            assert self.force is not None
-            force = self.force[part, :, rows]
+            assert targets is not None
+            force = made[:, :, rows]
             if self.whole:
                 torch.bmm(found.view(c, -1, self.t), targets, out=force.view(c, -1, self.d))
             else:  # of one problem
