@@ -223,6 +223,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     """Of a line: what, the goal, what was measured, whether it was reached, the noise."""
     said = "" if row["goal"] is None else f"{'at least' if row['better'] == 'higher' else 'at most'} {number(row['goal'], row['unit'])}"
     value = "" if row["value"] is None else number(row["value"], row["unit"])
+    value += f", {row['memory']:,.0f} MB" if row.get("memory") else ""
     noise = row["noise"] if isinstance(row["noise"], str) else "" if row["noise"] is None else f"{row['noise']:.1%}"
     return [row["row"].replace("|", "&#124;"), said, value, "" if row["goal"] is None else verdict(row), noise]
 

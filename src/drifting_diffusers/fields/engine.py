@@ -29,6 +29,7 @@ from torch import Tensor
 from ..kernels import CHUNK, LEAST_DISTANCE, fill_distances
 from ..shapes import Float
 from .softmaxes import Softmaxes, exponents_of
+from .workspace import WORKSPACE
 
 BLOCK = 2**19
 """Entries of some rows of a huge problem: products with few rows waste what a processor can do."""
@@ -125,14 +126,16 @@ class TorchEngine:
         self.one_exponential = on_cpu if one_exponential is None else one_exponential
         chunk, block = (chunk, block) if on_cpu else (chunk * 64, block * 64)  # launches cost more than caches save
         entries = self.n * self.t
-        self.at_once = max(1, chunk // entries)  # problems
+        chunks = max(1, round(self.b / max(1, chunk // entries)))
+        self.at_once = max(1, -(-self.b // chunks))  # problems, as many in each chunk
         self.whole = entries <= max(chunk, block)
         self.rows_at_once = self.n if self.whole else max(1, block // self.t)
         self.gram = self.whole and (self._gram_is_less() if gram is None else gram)
         self.dtype = sides.dtype
         self._buffers: dict[str, Tensor] = {}
         self._centred: slice | None = None  # the problems whose targets are in their buffer
-        # by the first problem of each chunk, so that what a stage needs no longer goes as it proceeds, and the next finds its memory
+        self._over = self.whole and not self.gram  # whether forces may lie where distances did
+        # by the first problem of each chunk, so that what a stage needs no longer goes as it proceeds
         self._distance: dict[int, Tensor] = {}
         self._products: dict[int, Tensor] = {}  # of targets, on the Gram route
         self._made: dict[int, Tensor] = {}  # forces of each temperature; on the Gram route affinities
@@ -151,7 +154,10 @@ class TorchEngine:
     def forces(self, length: Tensor) -> Float[Tensor, "r b"]:
         squares = self._new(len(self.exponents), self.b)
         for part in self._parts():
-            squares[:, part] = self._forces(part, self._softmaxes(part, length if length.ndim == 0 else length[part])).T
+            softmaxes = self._softmaxes(part, length if length.ndim == 0 else length[part])
+            squares[:, part] = self._forces(part, softmaxes).T
+            if not self._over:
+                WORKSPACE.give(softmaxes.distance)
         return squares
 
     def velocity(self, factors: Tensor) -> Float[Tensor, "b n d"]:
@@ -164,6 +170,10 @@ class TorchEngine:
                 torch.bmm(torch.bmm(factors[part], made).view(-1, n, t), self._targets(part), out=found[part])
             else:
                 torch.bmm(factors[part], made, out=found[part].view(-1, 1, n * self.d))
+            WORKSPACE.give(made)
+        self._centred = None
+        while self._buffers:
+            WORKSPACE.give(self._buffers.popitem()[1])
         return found
 
     # -- distances
@@ -171,12 +181,12 @@ class TorchEngine:
     def _distances(self, part: slice) -> Float[Tensor, "c t"]:
         """Distances of some problems and the nearest of every row and column; returns their sums over queries."""
         sides, c = self.sides, part.stop - part.start
-        distance = self._distance[part.start] = self._new(c, self.n, self.t)
+        distance = self._distance[part.start] = self._room_of_distances(c)
         self.centre[part] = sum(points[part].sum(dim=1, keepdim=True, dtype=self.dtype) for points in sides.targets) / self.t
         targets = self._targets(part)
         mine = sides.targets[0] is sides.queries  # own pairs may lie apart: a wrapper may move queries and not negatives
         queries = targets[:, : self.n] if mine else sides.queries[part] - self.centre[part]
-        products = torch.bmm(targets, targets.mT) if self.gram else None
+        products = torch.bmm(targets, targets.mT, out=self._lent(c, self.t, self.t)) if self.gram else None
         if products is not None:
             self._products[part.start] = products
         square = lambda points: torch.linalg.vector_norm(points, dim=-1).square_()
@@ -223,7 +233,7 @@ class TorchEngine:
             widest=self.widest,
             exponents=self.exponents,
             rows=self._rows(),
-            out=self._new(c, r, self.n, self.t)
+            out=self._lent(c, r, self.n, self.t)
             if self.gram
             else self._buffer("affinities", self.at_once, r, self.rows_at_once, self.t)[:c],
             one_exponential=self.one_exponential,
@@ -235,7 +245,7 @@ class TorchEngine:
         c, r, m = part.stop - part.start, len(self.exponents), self.sides.negatives
         products = self._products.pop(part.start) if self.gram else None
         targets = None if self.gram else self._targets(part)
-        made = self._made[part.start] = softmaxes.out if self.gram else self._new(c, r, self.n, self.d)
+        made = self._made[part.start] = softmaxes.out if self.gram else self._room_of_forces(c, softmaxes.distance)
         squares = self._new(c, r).zero_()
         for rows in self._rows():
             found = softmaxes.affinities(rows)
@@ -249,7 +259,7 @@ class TorchEngine:
             positive.mul_(repulsion)
             if products is not None:
                 flat = found.view(c, -1, self.t)
-                force = torch.bmm(flat, products).mul_(flat)
+                force = torch.bmm(flat, products, out=self._buffer("squares", self.at_once, r * self.n, self.t)[:c]).mul_(flat)
                 squares += force.view(c, r, -1).sum(-1)
                 continue
             assert targets is not None
@@ -257,8 +267,13 @@ class TorchEngine:
             if self.whole:
                 torch.bmm(found.view(c, -1, self.t), targets, out=force.view(c, -1, self.d))
             else:  # of one problem
-                force.copy_((found[0].flatten(0, 1) @ targets[0]).view_as(force))
+                flat = found[0].flatten(0, 1)
+                force.copy_(
+                    torch.mm(flat, targets[0], out=self._buffer("force", r * self.rows_at_once, self.d)[: len(flat)]).view_as(force)
+                )
             squares += torch.linalg.vector_norm(force, dim=-1).square_().sum(-1)  # of rows first: a norm of millions loses digits
+        if products is not None:
+            WORKSPACE.give(products)
         return squares
 
     # -- pieces
@@ -283,8 +298,21 @@ class TorchEngine:
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.sides.queries.device)
 
+    def _room_of_distances(self, c: int) -> Tensor:
+        """For distances of some problems, and later, where that can be, for their forces."""
+        size = c * self.n * self.t
+        return self._lent(max(size, c * self.n * self.d * len(self.exponents) if self._over else 0))[:size].view(c, self.n, self.t)
+
+    def _room_of_forces(self, c: int, distance: Tensor) -> Tensor:
+        """Over their distances, of which nothing is left when the first force is written; or beside, where rows come one after another."""
+        shape = (c, len(self.exponents), self.n, self.d)
+        return distance.as_strided((math.prod(shape),), (1,)).view(shape) if self._over else self._lent(*shape)
+
     def _buffer(self, name: str, *shape: int) -> Tensor:
         """Memory that every chunk writes anew: fresh memory costs as much as a pass over it."""
         if name not in self._buffers:
-            self._buffers[name] = self._new(*shape)
+            self._buffers[name] = self._lent(*shape)
         return self._buffers[name]
+
+    def _lent(self, *shape: int) -> Tensor:
+        return WORKSPACE.take(shape, self.dtype, self.sides.queries.device)
