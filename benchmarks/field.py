@@ -35,13 +35,8 @@ SHAPES = ((64, 64, 64, 16, 256), (4096, 64, 64, 16, 64), (1, 1024, 1024, 0, 1024
 SMALL = ((4, 16, 16, 4, 32), (8, 16, 16, 4, 8), (1, 64, 64, 0, 64), (1, 128, 128, 0, 16), (4, 16, 16, 8, 160))
 CLASSES = (64, 64, 1, 1, 64)  # of drift-models' calls; the other problems are its locations
 GOALS = ((3.0, 6.0, 1.9, 0.25), (5.5, 3.2, 2.0, 0.22), (1.5, 2.0, 1.35, 0.33), (5.0, 4.0, 2.4, 0.10), (4.3, 8.0, 0.95, 0.34))
-RECORDED = (
-    102,
-    1932,
-    196,
-    5699,
-    1031,
-)  # megabytes of the formulation the goals were set against: every temperature by itself, with a graph
+# megabytes of the formulation the goals were set against: every temperature by itself, with a graph
+RECORDED = (102, 1932, 196, 5699, 1031)
 AT_LEAST = 30.0  # seconds of processor time for a shape, all variants together
 XLA = {0: 0.076, 2: 0.373}  # processor seconds of the reference release compiled by XLA, two threads of another machine
 OTHERS = (
@@ -250,11 +245,12 @@ def main() -> None:
         rounds = arguments.rounds if shape[1] < 8192 else min(2, arguments.rounds)
         found = least(variants(i, bool(arguments.peers)), data(shape), rounds, 0 if arguments.small else AT_LEAST)
         memory = {name: peak(name, i, arguments) for name in ("ours", "plain path")}
-        rows += shape_rows(i, found, memory)
+        of_shape = shape_rows(i, found, memory)
+        rows += of_shape
         cells = [f"{1e3 * value:.1f}" for value in found.values()] + [f"{memory[name]:.0f}" for name in memory]
         lines.append(f"| {shape} | {' | '.join(cells)} |")
         print(
-            "\n".join(f"{row['row']:60s} {row['value']:6.2f}  goal {row['goal']}  noise {row['noise']:.0%}" for row in rows[-7:]),
+            "\n".join(f"{row['row']:60s} {row['value']:6.2f}  goal {row['goal']}  noise {row['noise']:.0%}" for row in of_shape),
             flush=True,
         )
     others, other_lines = other_rows(min(3, arguments.rounds), SMALL[0] if arguments.small else SHAPES[0])
